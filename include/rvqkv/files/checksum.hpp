@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: MIT
+/// @file
+/// The checksum of rvqkv's own files: XXH3 with 64 bits, written as 16 lower-case hexadecimal digits.
+#pragma once
+
+#include "rvqkv/core/config.hpp"
+
+#include <cstddef>
+#include <span>
+#include <string>
+
+#ifndef XXH_INLINE_ALL
+#define XXH_INLINE_ALL
+#endif
+#include <xxhash.h>
+
+RVQKV_NAMESPACE_BEGIN
+
+/// XXH3-64 (seed 0) of bytes that arrive piece by piece; the same as Python's `xxhash.xxh3_64_hexdigest`.
+class checksum {
+public:
+    static constexpr std::size_t digits = 16;
+
+    checksum() noexcept {
+        XXH3_INITSTATE(&state_);
+        static_cast<void>(XXH3_64bits_reset(&state_));
+    }
+
+    void update(std::span<const std::byte> bytes) noexcept {
+        if (!bytes.empty()) {
+            static_cast<void>(XXH3_64bits_update(&state_, bytes.data(), bytes.size()));
+        }
+    }
+
+    /// Of the bytes so far.
+    [[nodiscard]] std::string hex() const {
+        XXH64_hash_t hash = XXH3_64bits_digest(&state_);
+        std::string text(digits, '0');
+        for (auto digit = text.rbegin(); digit != text.rend(); ++digit, hash >>= 4U) {
+            *digit = "0123456789abcdef"[hash & 15U];
+        }
+        return text;
+    }
+
+private:
+    XXH3_state_t state_;
+};
+
+RVQKV_NAMESPACE_END

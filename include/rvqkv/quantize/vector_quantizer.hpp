@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: MIT
+/// @file
+/// The paper's quantizer for a layer's keys or values: scale every head's vector, deal its channels to groups, quantize
+/// every group of every head with the same residual quantizer.
+#pragma once
+
+#include "rvqkv/core/aligned_buffer.hpp"
+#include "rvqkv/core/bit_packing.hpp"
+#include "rvqkv/core/config.hpp"
+#include "rvqkv/core/error.hpp"
+#include "rvqkv/core/tensor_view.hpp"
+#include "rvqkv/quantize/codebook.hpp"
+#include "rvqkv/quantize/grouping.hpp"
+#include "rvqkv/quantize/residual_quantizer.hpp"
+#include "rvqkv/quantize/row_transform.hpp"
+#include "rvqkv/quantize/rows.hpp"
+#include "rvqkv/quantize/scale.hpp"
+#include "rvqkv/simd/kernels.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <string>
+#include <utility>
+
+RVQKV_NAMESPACE_BEGIN
+
+/// What encoding found in its input besides numbers. Reports add up over calls.
+struct encode_report {
+    std::size_t nonfinite_values = 0;  ///< NaNs and infinities, each encoded as 0.
+    std::size_t nonfinite_rows = 0;    ///< Head vectors that held at least one.
+    std::size_t first_token = 0;       ///< Where the first of them was (if any), counted from the call's first token.
+    std::size_t first_head = 0;        ///< Its head.
+};
+
+/// Scratch memory of encode and decode, reused from call to call. Threads: one per thread.
+struct quantizer_workspace {
+    aligned_buffer<float> floats;
+    [[nodiscard]] std::size_t bytes() const noexcept { return floats.bytes(); }
+};
+
+/// Codes and scales of some head vectors ("rows", token-major: `token * heads + head`).
+/// Shapes: codes `[rows * groups, depths]` with `strides`; scales `[rows]`, null when the policy stores none.
+template <class Code, class Scale>
+struct basic_encoded_view {
+    Code* codes = nullptr;
+    code_strides strides;
+    Scale* scales = nullptr;
+};
+using encoded_view = basic_encoded_view<const code_t, const float>;
+using mutable_encoded_view = basic_encoded_view<code_t, float>;
+
+/// Scale x grouping x residual quantizer.
+/// Threads: immutable; safe to share, with one workspace for each thread.
+template <ScalePolicy Scale, GroupingPolicy Grouping, class Book = residual_codebook<>>
+class vector_quantizer {
+public:
+    using transform_type = row_transform<Scale, Grouping>;
+    using codebook_type = Book;
+
+    /// `stored` is the type in which scales are kept (vectors are divided by the rounded number).
+    /// Errors: `invalid_argument` for a head_dim that the codebook's dim does not divide, or a grouping that is no
+    ///         permutation of the channels.
+    [[nodiscard]] static result<vector_quantizer> create(std::size_t head_dim, Book book, Scale scale = {},
+                                                         Grouping grouping = {}, dtype stored = dtype::float16) {
+        auto transform = transform_type::create(head_dim, book.dim(), std::move(scale), std::move(grouping), stored);
+        if (!transform) {
+            return transform.error();
+        }
+        return vector_quantizer(std::move(transform).value(), std::move(book));
+    }
+
+    [[nodiscard]] const Book& codebook() const noexcept { return quantizer_.codebook(); }
+    [[nodiscard]] const residual_quantizer<Book>& residual() const noexcept { return quantizer_; }
+    [[nodiscard]] const transform_type& transform() const noexcept { return transform_; }
+    [[nodiscard]] std::size_t head_dim() const noexcept { return transform_.head_dim(); }
+    [[nodiscard]] std::size_t groups() const noexcept { return transform_.groups(); }
+    /// Whether each vector has a scale, and the type in which it is stored.
+    [[nodiscard]] bool stores_scale() const noexcept { return transform_.scale().is_stored(); }
+    [[nodiscard]] dtype scale_type() const noexcept { return transform_.stored_scale_type(); }
+    /// Bits stored for one head's vector: the codes and the scale.
+    [[nodiscard]] std::size_t bits_per_row() const noexcept {
+        return groups() * codebook().depths() * codebook().code_bits() +
+               (stores_scale() ? 8 * size_of(scale_type()) : 0);
+    }
+
+    /// Encodes every head of every token.
+    /// Shapes:     `x` `[token, head, head_dim]`, any type and strides; `out` sized for its rows.
+    /// Errors:     `invalid_argument` when `x.channels() != head_dim()`; `out_of_memory` when the workspace cannot
+    ///             grow (it never does after one call as large); `out` is untouched then. NaNs and infinities are
+    ///             encoded as 0 and counted in `report`; other vectors are not affected.
+    /// Complexity: `rows * groups * depths * codewords * dim` fused multiply-adds.
+    /// Numerics:   the same codes at every SIMD level and however calls are split.
+    [[nodiscard]] status encode(const tensor_view& x, mutable_encoded_view out, quantizer_workspace& workspace,
+                                encode_report* report = nullptr, const kernel_table& kernels = best_kernels()) const {
+        if (status wrong = check(x.channels(), "input", x.rows(), workspace); !wrong) {
+            return wrong;
+        }
+        float* const channels = workspace.floats.data();
+        float* const grouped = channels + head_dim();
+        const std::size_t rows = x.rows();
+        for (std::size_t first = 0; first < rows; first += chunk_rows()) {
+            const std::size_t count = std::min(chunk_rows(), rows - first);
+            for (std::size_t i = 0; i < count; ++i) {
+                const std::size_t token = (first + i) / x.heads();
+                const std::size_t head = (first + i) % x.heads();
+                load_row(x, token, head, channels, kernels);
+                std::size_t nonfinite = 0;
+                const float scale = transform_.apply(channels, grouped + i * head_dim(), nonfinite);
+                if (out.scales != nullptr) {
+                    out.scales[first + i] = scale;
+                }
+                if (nonfinite != 0 && report != nullptr) {
+                    if (report->nonfinite_rows++ == 0) {
+                        report->first_token = token;
+                        report->first_head = head;
+                    }
+                    report->nonfinite_values += nonfinite;
+                }
+            }
+            quantizer_.encode({grouped, count * groups(), codebook().dim()},
+                              out.codes + first * groups() * out.strides.vector, out.strides, {}, kernels);
+        }
+        return {};
+    }
+
+    /// Reconstructs every head of every token from the first `depths` depths.
+    /// Shapes:     `in` holds `out.rows()` rows; `out` `[token, head, head_dim]`, any type and strides.
+    /// Errors:     `invalid_argument` when `out.channels() != head_dim()`, when `depths` exceeds the codebook's, or
+    /// when
+    ///             a scale is missing; `out_of_memory` as in `encode`. Nothing is written then.
+    /// Preconditions: every code is below `codewords`.
+    /// Numerics:   float32 sum of codewords, times the scale, rounded once to the type of `out`.
+    [[nodiscard]] status decode(encoded_view in, const mutable_tensor_view& out, std::size_t depths,
+                                quantizer_workspace& workspace, const kernel_table& kernels = best_kernels()) const {
+        if (depths > codebook().depths()) {
+            return error{error_code::invalid_argument, "depths to decode is " + std::to_string(depths) +
+                                                           ", the codebook has " + std::to_string(codebook().depths())};
+        }
+        if (in.scales == nullptr && stores_scale()) {
+            return error{
+                error_code::invalid_argument,
+                "scales are missing: the " + std::string(transform_.scale().name()) + " policy stores one per vector"};
+        }
+        if (status wrong = check(out.channels(), "output", out.rows(), workspace); !wrong) {
+            return wrong;
+        }
+        float* const channels = workspace.floats.data();
+        float* const grouped = channels + head_dim();
+        const std::size_t rows = out.rows();
+        for (std::size_t first = 0; first < rows; first += chunk_rows()) {
+            const std::size_t count = std::min(chunk_rows(), rows - first);
+            quantizer_.decode(in.codes + first * groups() * in.strides.vector, in.strides,
+                              {grouped, count * groups(), codebook().dim()}, depths, kernels);
+            for (std::size_t i = 0; i < count; ++i) {
+                const float scale = stores_scale() ? in.scales[first + i] : 1.0F;
+                transform_.restore(grouped + i * head_dim(), scale, channels);
+                store_row(channels, out, (first + i) / out.heads(), (first + i) % out.heads(), kernels);
+            }
+        }
+        return {};
+    }
+
+private:
+    vector_quantizer(transform_type transform, Book book) noexcept
+        : transform_(std::move(transform)), quantizer_(std::move(book)) {}
+
+    /// Rows that are encoded together: 256 KiB of residuals, small beside a codebook in the L2 cache.
+    [[nodiscard]] std::size_t chunk_rows() const noexcept { return std::max<std::size_t>(1, 65536 / head_dim()); }
+
+    status check(std::size_t channels, const char* what, std::size_t rows, quantizer_workspace& workspace) const {
+        if (channels != head_dim()) {
+            return error{error_code::invalid_argument, std::string(what) + " has " + std::to_string(channels) +
+                                                           " channels per head, this quantizer was made for head_dim " +
+                                                           std::to_string(head_dim())};
+        }
+        return workspace.floats.reserve((1 + std::min(rows, chunk_rows())) * head_dim());
+    }
+
+    transform_type transform_;
+    residual_quantizer<Book> quantizer_;
+};
+
+/// The paper's quantizer for keys: standard deviation, strided groups.
+using key_quantizer = vector_quantizer<std_dev_scale, strided_grouping>;
+/// The paper's quantizer for values: standard deviation, contiguous groups.
+using value_quantizer = vector_quantizer<std_dev_scale, contiguous_grouping>;
+
+RVQKV_NAMESPACE_END
