@@ -37,15 +37,9 @@
 
 RVQKV_NAMESPACE_BEGIN
 
-/// The codecs of one layer; one of them may be missing (null).
-struct layer_codecs {
-    std::shared_ptr<const codec> key;
-    std::shared_ptr<const codec> value;
-};
-
 /// What a codec file holds.
 struct codec_set {
-    std::map<std::size_t, layer_codecs> layers;  ///< By number of the layer; numbers may be left out.
+    model_codecs layers;  ///< By number of the layer; numbers may be left out.
     /// Free text of the user's, such as the model's name. Not for use: `format`, `version`, `checksum`, and keys that
     /// begin with `layers.`.
     metadata_map metadata;
@@ -146,21 +140,33 @@ template <TensorElement Weight>
         return damaged(parsed.error().message);
     }
     codec_spec& spec = parsed.value();
+    const auto expect = [&](const std::string& tensor, storage_type type,
+                            const std::vector<std::size_t>& shape) -> status {
+        const auto info = file.tensor(tensor);
+        if (!info) {
+            return damaged("tensor " + in_quotes(tensor) + " is missing");
+        }
+        if (info.value()->shape != shape || info.value()->type != type) {
+            return damaged("tensor " + in_quotes(tensor) + " is " + std::string(name_of(info.value()->type)) + ' ' +
+                           shape_text(info.value()->shape) + ", but by the metadata it must be " +
+                           std::string(name_of(type)) + ' ' + shape_text(shape));
+        }
+        return {};
+    };
     const std::string codebook = name + ".codebook";
-    const auto info = file.tensor(codebook);
-    if (!info) {
-        return damaged("tensor " + in_quotes(codebook) + " is missing");
-    }
-    const std::vector<std::size_t> shape = {spec.shape.depths, spec.shape.codewords, spec.shape.dim};
-    if (info.value()->shape != shape || info.value()->type != storage_type_of(spec.weight_type)) {
-        return damaged("tensor " + in_quotes(codebook) + " is " + std::string(name_of(info.value()->type)) + ' ' +
-                       shape_text(info.value()->shape) + ", but the metadata says " +
-                       std::string(name_of(storage_type_of(spec.weight_type))) + ' ' + shape_text(shape));
+    if (auto found = expect(codebook, storage_type_of(spec.weight_type),
+                            {spec.shape.depths, spec.shape.codewords, spec.shape.dim});
+        !found) {
+        return found.error();
     }
     if (spec.grouping == grouping_kind::permuted) {
-        const auto order = file.read_as<std::uint16_t>(name + ".permutation");
+        const std::string permutation = name + ".permutation";
+        if (auto found = expect(permutation, storage_type::uint16, {spec.head_dim}); !found) {
+            return found.error();
+        }
+        const auto order = file.read_as<std::uint16_t>(permutation);
         if (!order) {
-            return damaged(order.error().message);
+            return order.error();
         }
         spec.permutation.assign(order.value().span().begin(), order.value().span().end());
     }

@@ -89,7 +89,7 @@ public:
 private:
     [[nodiscard]] status read_descr() {
         if (next_is('[')) {
-            return error{error_code::unsupported, "descr: structured elements; want '<f4', '<f2' or '|V2' (bfloat16)"};
+            return unsupported("descr: structured elements; want '<f4', '<f2' or '|V2' (bfloat16)");
         }
         std::string_view descr;
         if (!take_string(descr)) {
@@ -102,12 +102,10 @@ private:
         } else if (descr == "<V2" || descr == "|V2") {
             type = dtype::bfloat16;
         } else if (!descr.empty() && descr.front() == '>') {
-            return error{error_code::unsupported, "descr: " + in_quotes(descr) +
-                                                      " is big-endian; save the array in little-endian order, e.g. "
-                                                      "array.astype('<f4')"};
+            return unsupported("descr: " + in_quotes(descr) +
+                               " is big-endian; save the array in little-endian order, e.g. array.astype('<f4')");
         } else {
-            return error{error_code::unsupported,
-                         "descr: " + in_quotes(descr) + "; want '<f4', '<f2' or '|V2' (bfloat16)"};
+            return unsupported("descr: " + in_quotes(descr) + "; want '<f4', '<f2' or '|V2' (bfloat16)");
         }
         return {};
     }
@@ -117,8 +115,7 @@ private:
             return {};
         }
         if (take_word("True")) {
-            return error{error_code::unsupported,
-                         "fortran_order: True; save the array in C order, e.g. numpy.ascontiguousarray(array)"};
+            return unsupported("fortran_order: True; save the array in C order, e.g. numpy.ascontiguousarray(array)");
         }
         return unexpected("True or False");
     }
@@ -189,6 +186,9 @@ private:
                      (rest_.empty() ? ", its end" : ", not " + in_quotes(rest_.substr(0, 40))));
     }
     [[nodiscard]] static error wrong(const std::string& what) { return {error_code::damaged_file, "header: " + what}; }
+    [[nodiscard]] static error unsupported(const std::string& what) {
+        return {error_code::unsupported, "header: " + what};
+    }
 
     std::string_view rest_;
     std::string_view text_;

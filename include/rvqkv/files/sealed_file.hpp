@@ -11,8 +11,8 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
 #include <filesystem>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <span>
@@ -29,7 +29,7 @@ namespace detail {
 /// so that what is left at the end is what nobody knows.
 class flat_json {
 public:
-    using value_type = std::variant<std::uint64_t, std::string>;
+    using value_type = std::variant<std::size_t, std::string>;
 
     /// Errors: `damaged_file` for anything but a flat object, or a field that appears twice.
     [[nodiscard]] static result<flat_json> parse(std::string_view text) {
@@ -44,13 +44,13 @@ public:
     }
 
     /// A number of at most `most`.
-    [[nodiscard]] status take(std::string_view field, std::uint64_t& number,
-                              std::uint64_t most = std::numeric_limits<std::uint64_t>::max()) {
+    [[nodiscard]] status take(std::string_view field, std::size_t& number,
+                              std::size_t most = std::numeric_limits<std::size_t>::max()) {
         const auto at = fields_.find(field);
         if (at == fields_.end()) {
             return missing(field);
         }
-        const auto* found = std::get_if<std::uint64_t>(&at->second);
+        const auto* found = std::get_if<std::size_t>(&at->second);
         if (found == nullptr || *found > most) {
             return wrong(field, at->second, "a number from 0 to " + std::to_string(most));
         }
@@ -96,7 +96,7 @@ private:
         bool null() { return unexpected("null"); }
         bool boolean(bool value) { return unexpected(value ? "true" : "false"); }
         bool number_integer(json::number_integer_t value) { return unexpected(std::to_string(value)); }
-        bool number_unsigned(json::number_unsigned_t value) { return put(std::uint64_t{value}); }
+        bool number_unsigned(json::number_unsigned_t value) { return put(static_cast<std::size_t>(value)); }
         bool number_float(json::number_float_t /*value*/, const std::string& text) { return unexpected(text); }
         bool string(std::string& value) { return put(std::move(value)); }
         bool binary(json::binary_t& /*value*/) { return unexpected("bytes"); }
@@ -141,7 +141,7 @@ private:
         return {error_code::damaged_file, "field " + in_quotes(field) + " is missing"};
     }
     [[nodiscard]] static error wrong(std::string_view field, const value_type& value, const std::string& wanted) {
-        const auto* number = std::get_if<std::uint64_t>(&value);
+        const auto* number = std::get_if<std::size_t>(&value);
         return {error_code::damaged_file,
                 "field " + in_quotes(field) + " is " +
                     (number != nullptr ? std::to_string(*number) : in_quotes(*std::get_if<std::string>(&value))) +

@@ -16,6 +16,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <span>
 #include <string>
@@ -193,5 +194,14 @@ template <class Quantizer>
 [[nodiscard]] std::shared_ptr<const codec> make_codec(Quantizer quantizer) {
     return std::make_shared<const codec_of<Quantizer>>(std::move(quantizer));
 }
+
+/// The codecs of one layer; null where a layer has none.
+struct layer_codecs {
+    std::shared_ptr<const codec> key;
+    std::shared_ptr<const codec> value;
+};
+
+/// A model's codecs by layer number; layers need not be consecutive.
+using model_codecs = std::map<std::size_t, layer_codecs>;
 
 RVQKV_NAMESPACE_END
