@@ -133,6 +133,9 @@ TEST_CASE("codebook_trainer: deterministic by seed at any number of threads", "[
     const std::vector<float> x = correlated(random);
     rvqkv::trainer_config config = small_config();
     const rvqkv::trainer_state once = initialized(x, config, 1).state();
+    auto fresh = rvqkv::codebook_trainer::create(config).value();
+    fresh.observe({x.data(), shape}).value();
+    CHECK(once.random != fresh.state().random);  // each depth draws numbers of its own
     CHECK(initialized(x, config, 3).state() == once);
     config.seed = 6;
     CHECK(!(initialized(x, config, 1).state() == once));

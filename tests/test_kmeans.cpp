@@ -75,6 +75,17 @@ TEST_CASE("kmeans: finds well separated clusters exactly", "[learn][unit]") {
     CHECK(best == Approx(2.0 / 3.0 / 2.0));
 }
 
+TEST_CASE("kmeans: sampled points are distinct vectors", "[learn][unit]") {
+    std::vector<float> x(40);
+    for (std::size_t i = 0; i < x.size(); ++i) {
+        x[i] = static_cast<float>(i);
+    }
+    for (const std::size_t codewords : {1U, 20U, 40U}) {
+        const outcome found = run(x, 1, codewords, {0, kmeans_start::sampled});
+        CHECK(std::set<float>(found.centroids.begin(), found.centroids.end()).size() == codewords);
+    }
+}
+
 TEST_CASE("kmeans: every iteration lowers the error, and the report tells it", "[learn][property]") {
     CAPTURE(test::seed());
     test::random_source random(11);
