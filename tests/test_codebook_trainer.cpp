@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "rvqkv/core/thread_pool.hpp"
 #include "rvqkv/learn/codebook_trainer.hpp"
+#include "support/allocation_counter.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
@@ -126,6 +127,19 @@ TEST_CASE("codebook_trainer: the sample is bounded and drawn from everything obs
         CHECK(count > 20);  // 50 expected, standard deviation 6.5
         CHECK(count < 80);
     }
+}
+
+TEST_CASE("codebook_trainer: initialization gives the memory of the sample back", "[learn][unit]") {
+    test::random_source random(36);
+    const std::vector<float> x = correlated(random);
+    rvqkv::trainer_config config = small_config();
+    config.sample = 100000;
+    auto trainer = rvqkv::codebook_trainer::create(config).value();
+    trainer.observe({x.data(), shape}).value();
+    const test::allocation_counter counter;
+    trainer.initialize(rvqkv::serial_executor()).value();
+    const auto sample_bytes = static_cast<std::ptrdiff_t>(config.sample * config.spec.shape.dim * sizeof(float));
+    CHECK(counter.live_bytes() < -sample_bytes / 2);
 }
 
 TEST_CASE("codebook_trainer: deterministic by seed at any number of threads", "[learn][threads]") {

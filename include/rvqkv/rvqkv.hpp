@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// Everything that inference needs: views, quantizers, codecs. No dependency beyond the standard library; training is
-/// in `rvqkv/learn.hpp`, files are in `rvqkv/files.hpp`.
+/// Everything that inference needs: views, quantizers, codecs, the KV cache. No dependency beyond the standard library;
+/// training is in `rvqkv/learn.hpp`, files are in `rvqkv/files.hpp`.
 #pragma once
 
+#include "rvqkv/cache/kv_cache.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/error.hpp"

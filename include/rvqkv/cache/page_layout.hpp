@@ -21,8 +21,9 @@ RVQKV_NAMESPACE_BEGIN
 ///                      plane_offset(1)  codes of depth 1
 ///     end()            ...
 ///
-/// Every part begins at a multiple of 8 bytes (of the page, itself aligned to 64). Codes are padded to that, too; with
-/// a multiple of 64 tokens to a page there is nothing to pad but an odd number of scales.
+/// Every part begins at a multiple of 8 bytes from the page's start, itself aligned to 64: up to 7 bytes of padding
+/// follow a part, none if a page holds a multiple of 64 tokens. A token's number in the page alone says which bits are
+/// its own: writing it changes no bit of another.
 class side_layout {
 public:
     /// What the offset of every part is a multiple of.

@@ -29,10 +29,10 @@ public:
 
     /// Errors: `out_of_memory`, also when the size in bytes overflows.
     [[nodiscard]] static result<nothrow_array> allocate(std::size_t size) {
-        const bool fits = size <= std::numeric_limits<std::size_t>::max() / sizeof(T);
-        auto storage = aligned_buffer<std::byte>::allocate(fits ? size * sizeof(T) : size);
-        if (!fits || !storage) {
-            return error{error_code::out_of_memory, "out of memory"};
+        constexpr std::size_t most = std::numeric_limits<std::size_t>::max();
+        auto storage = aligned_buffer<std::byte>::allocate(size <= most / sizeof(T) ? size * sizeof(T) : most);
+        if (!storage) {
+            return storage.error();
         }
         nothrow_array made;
         made.storage_ = std::move(storage).value();

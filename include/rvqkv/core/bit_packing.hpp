@@ -31,9 +31,9 @@ inline constexpr std::size_t max_codewords = 65536;
 }
 
 /// Writes `count` codes as numbers `first`, `first + 1`, ... of a packed string; bits of other codes stay as they are.
-/// Preconditions: `1 <= bits <= 16`; `packed` holds `packed_bytes(first + count, bits)` bytes; every code fits its
-/// bits. Complexity:    O(count), no allocation. Threads:       strings apart are independent; two neighbours may share
-/// a byte, so one writer per string.
+/// Preconditions: `1 <= bits <= 16`; `packed` holds `packed_bytes(first + count, bits)` bytes; every code fits `bits`.
+/// Complexity:    O(count), no allocation.
+/// Threads:       strings apart are independent; two neighbours may share a byte, so one writer per string.
 inline void pack_codes(const code_t* codes, std::size_t count, unsigned bits, std::byte* packed,
                        std::size_t first = 0) noexcept {
     RVQKV_ASSERT(bits >= 1 && bits <= 16);
@@ -72,7 +72,8 @@ inline void pack_codes(const code_t* codes, std::size_t count, unsigned bits, st
 
 /// Reads the `count` codes from number `first` on.
 /// Preconditions: `1 <= bits <= 16`; `packed` holds `packed_bytes(first + count, bits)` bytes.
-/// Complexity:    O(count), no allocation. Threads: any number of readers.
+/// Complexity:    O(count), no allocation.
+/// Threads:       any number of readers.
 inline void unpack_codes(const std::byte* packed, std::size_t first, std::size_t count, unsigned bits,
                          code_t* codes) noexcept {
     RVQKV_ASSERT(bits >= 1 && bits <= 16);

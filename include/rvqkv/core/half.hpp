@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file
 /// 16-bit storage types, `float16` (IEEE 754 binary16) and `bfloat16`, and their exact conversions, one value at a
-/// time. Arrays are converted by the vectorized `convert` of `rvqkv/core/convert.hpp`, bit for bit the same.
+/// time. Arrays are converted by the vectorized `convert` of `rvqkv/simd/convert.hpp`, bit for bit the same.
 #pragma once
 
 #include "rvqkv/core/config.hpp"

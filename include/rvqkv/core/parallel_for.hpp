@@ -53,7 +53,7 @@ void parallel_for(const executor& workers, std::size_t tasks, Body&& body) {
 template <class Body>
 void parallel_ranges(const executor& workers, std::size_t count, std::size_t grain, Body&& body) {
     RVQKV_ASSERT(grain > 0);
-    parallel_for(workers, (count + grain - 1) / grain, [&](std::size_t i) {
+    parallel_for(workers, count / grain + (count % grain != 0 ? 1 : 0), [&](std::size_t i) {
         const std::size_t first = i * grain;
         body(first, count - first < grain ? count : first + grain);
     });

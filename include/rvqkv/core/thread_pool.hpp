@@ -9,8 +9,8 @@
 #include <algorithm>
 #include <condition_variable>
 #include <cstddef>
+#include <exception>
 #include <mutex>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -34,8 +34,9 @@ public:
                 workers_.emplace_back([this] { serve(); });
             }
 #if RVQKV_EXCEPTIONS
-        } catch (const std::system_error&) {
-            // The system grants no more threads: work goes on with those it gave, with the same results.
+        } catch (const std::exception&) {
+            // The system grants no more threads, or no memory for them: work goes on with those it gave, with the same
+            // results.
         }
 #endif
     }

@@ -14,24 +14,17 @@
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/half.hpp"
-#include "rvqkv/files/byte_source.hpp"
-#include "rvqkv/files/owned_tensor.hpp"
 #include "rvqkv/files/safetensors.hpp"
 #include "rvqkv/files/safetensors_header.hpp"
 #include "rvqkv/files/sealed_file.hpp"
 #include "rvqkv/quantize/codec.hpp"
 
-#include <algorithm>
-#include <charconv>
 #include <cstddef>
-#include <cstdint>
 #include <filesystem>
-#include <map>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -50,133 +43,38 @@ inline constexpr std::string_view codec_file_version = "1";
 
 namespace detail {
 
-inline constexpr std::string_view layer_prefix = "layers.";
-inline constexpr std::size_t max_layer = 65535;
-inline constexpr dtype all_dtypes[] = {dtype::float32, dtype::float16, dtype::bfloat16};
-inline constexpr distance all_distances[] = {distance::euclidean, distance::cosine};
-
-/// "layers.12.key"
-[[nodiscard]] inline std::string side_name(std::size_t layer, bool is_key) {
-    return std::string(layer_prefix) + std::to_string(layer) + (is_key ? ".key" : ".value");
-}
-
-/// The inverse; false when `name` is not spelled exactly so.
-[[nodiscard]] inline bool parse_side_name(std::string_view name, std::size_t& layer, bool& is_key) {
-    const std::string_view number = name.substr(std::min(layer_prefix.size(), name.size()));
-    layer = 0;
-    static_cast<void>(std::from_chars(number.data(), number.data() + number.size(), layer));
-    is_key = name == side_name(layer, true);
-    return layer <= max_layer && (is_key || name == side_name(layer, false));
-}
-
-[[nodiscard]] inline bool is_reserved(std::string_view key) {
-    return key == format_key || key == version_key || key == checksum_key ||
-           key.substr(0, layer_prefix.size()) == layer_prefix;
-}
-
-[[nodiscard]] inline std::string codec_spec_json(const codec_spec& spec) {
-    const auto number = [](const char* name, std::size_t value) {
-        return json_string(name) + ':' + std::to_string(value) + ',';
-    };
-    const auto text = [](const char* name, std::string_view value) {
-        return json_string(name) + ':' + json_string(value) + ',';
-    };
-    std::string json = "{" + number("head_dim", spec.head_dim) + number("group_dim", spec.shape.dim) +
-                       number("depths", spec.shape.depths) + number("codewords", spec.shape.codewords) +
-                       text("scale", name_of(spec.scale)) + text("scale_type", name_of(spec.scale_type)) +
-                       text("grouping", name_of(spec.grouping)) + text("distance", name_of(spec.metric)) +
-                       text("weight_type", name_of(spec.weight_type));
-    json.back() = '}';
-    return json;
-}
-
-/// All but the permutation. Errors: `damaged_file` naming the field.
-[[nodiscard]] inline result<codec_spec> parse_codec_spec(std::string_view json) {
-    auto object = flat_json::parse(json);
-    if (!object) {
-        return object.error();
-    }
-    codec_spec spec;
-    flat_json& fields = object.value();
-    const status steps[] = {
-        fields.take("head_dim", spec.head_dim),
-        fields.take("group_dim", spec.shape.dim),
-        fields.take("depths", spec.shape.depths),
-        fields.take("codewords", spec.shape.codewords),
-        fields.take("scale", all_scale_kinds, spec.scale),
-        fields.take("scale_type", all_dtypes, spec.scale_type),
-        fields.take("grouping", all_grouping_kinds, spec.grouping),
-        fields.take("distance", all_distances, spec.metric),
-        fields.take("weight_type", all_dtypes, spec.weight_type),
-        fields.finish(),
-    };
-    for (const status& step : steps) {
-        if (!step) {
-            return step.error();
-        }
-    }
-    return spec;
-}
-
 template <TensorElement Weight>
-[[nodiscard]] result<std::shared_ptr<const codec>> load_codec_as(const safetensors_file& file,
-                                                                 const std::string& tensor, const codec_spec& spec) {
-    auto weights = file.read_as<Weight>(tensor);
+[[nodiscard]] result<std::shared_ptr<const codec>> make_codec_of_tensor(const side_reader& side,
+                                                                        const codec_spec& spec) {
+    auto weights = side.file().read_as<Weight>(side.tensor_name("codebook"));
     if (!weights) {
         return weights.error();
     }
-    const aligned_buffer<Weight>& read = weights.value();
-    return make_codec(spec, read.span());
+    auto made = make_codec(spec, std::span<const Weight>(weights.value().span()));
+    if (!made) {
+        return side.blame_file(made.error());
+    }
+    return made;
 }
 
-/// One codec; `name` is "layers.L.key" or "layers.L.value", `json` what the metadata says under it.
-[[nodiscard]] inline result<std::shared_ptr<const codec>> load_codec(const safetensors_file& file,
-                                                                     const std::string& name, std::string_view json) {
-    const auto damaged = [&](const std::string& what) {
-        return error{error_code::damaged_file, file.name() + ": " + name + ": " + what};
-    };
-    auto parsed = parse_codec_spec(json);
-    if (!parsed) {
-        return damaged(parsed.error().message);
+/// One codec; `json` is what the metadata says of the side.
+[[nodiscard]] inline result<std::shared_ptr<const codec>> load_codec(side_reader& side, std::string_view json) {
+    const auto spec = side.read_spec(json);
+    if (!spec) {
+        return spec.error();
     }
-    codec_spec& spec = parsed.value();
-    const auto expect = [&](const std::string& tensor, storage_type type,
-                            const std::vector<std::size_t>& shape) -> status {
-        const auto info = file.tensor(tensor);
-        if (!info) {
-            return damaged("tensor " + in_quotes(tensor) + " is missing");
-        }
-        if (info.value()->shape != shape || info.value()->type != type) {
-            return damaged("tensor " + in_quotes(tensor) + " is " + std::string(name_of(info.value()->type)) + ' ' +
-                           shape_text(info.value()->shape) + ", but by the metadata it must be " +
-                           std::string(name_of(type)) + ' ' + shape_text(shape));
-        }
-        return {};
-    };
-    const std::string codebook = name + ".codebook";
-    if (auto found = expect(codebook, storage_type_of(spec.weight_type),
-                            {spec.shape.depths, spec.shape.codewords, spec.shape.dim});
+    const codebook_shape& shape = spec.value().shape;
+    if (auto found = side.expect("codebook", storage_type_of(spec.value().weight_type),
+                                 {shape.depths, shape.codewords, shape.dim});
         !found) {
         return found.error();
     }
-    if (spec.grouping == grouping_kind::permuted) {
-        const std::string permutation = name + ".permutation";
-        if (auto found = expect(permutation, storage_type::uint16, {spec.head_dim}); !found) {
-            return found.error();
-        }
-        const auto order = file.read_as<std::uint16_t>(permutation);
-        if (!order) {
-            return order.error();
-        }
-        spec.permutation.assign(order.value().span().begin(), order.value().span().end());
+    switch (spec.value().weight_type) {
+        case dtype::float16: return make_codec_of_tensor<float16>(side, spec.value());
+        case dtype::bfloat16: return make_codec_of_tensor<bfloat16>(side, spec.value());
+        case dtype::float32: break;
     }
-    auto made = spec.weight_type == dtype::float16    ? load_codec_as<float16>(file, codebook, spec)
-                : spec.weight_type == dtype::bfloat16 ? load_codec_as<bfloat16>(file, codebook, spec)
-                                                      : load_codec_as<float>(file, codebook, spec);
-    if (!made && made.error().code == error_code::invalid_argument) {
-        return damaged(made.error().message);  // the argument came out of the file
-    }
-    return made;
+    return make_codec_of_tensor<float>(side, spec.value());
 }
 
 [[nodiscard]] inline result<codec_set> load_codecs(const safetensors_file& file) {
@@ -199,12 +97,13 @@ template <TensorElement Weight>
             return error{error_code::damaged_file,
                          file.name() + ": metadata " + in_quotes(entry.first) + " names no layer and side"};
         }
-        auto loaded = load_codec(file, entry.first, entry.second);
+        side_reader side(file, entry.first);
+        auto loaded = load_codec(side, entry.second);
         if (!loaded) {
             return loaded.error();
         }
+        tensors += side.tensors();
         layer_codecs& codecs = set.layers[layer];
-        tensors += loaded.value()->spec()->permutation.empty() ? 1 : 2;
         (is_key ? codecs.key : codecs.value) = std::move(loaded).value();
     }
     if (set.layers.empty() || tensors != file.tensors().size()) {
@@ -221,17 +120,15 @@ template <TensorElement Weight>
 /// Errors: `invalid_argument` for a set without codecs, a codec made from a quantizer of the user's own (a file cannot
 ///         say what it does), a reserved metadata key or text that is not UTF-8; `io`. An old file is then as it was.
 [[nodiscard]] inline status save_codecs(const std::filesystem::path& path, const codec_set& set) {
-    const auto wrong = [&path](const std::string& what) {
-        return error{error_code::invalid_argument, path.string() + ": " + what};
-    };
-    metadata_map metadata = set.metadata;
-    for (const auto& entry : metadata) {
-        if (detail::is_reserved(entry.first)) {
-            return wrong("metadata key " + detail::in_quotes(entry.first) + " is reserved");
-        }
+    if (auto allowed = detail::check_user_metadata(path, set.metadata); !allowed) {
+        return allowed;
     }
+    metadata_map metadata = set.metadata;
     std::vector<detail::tensor_bytes> tensors;
     for (const auto& layer : set.layers) {
+        if (auto valid = detail::check_layer(path, layer.first); !valid) {
+            return valid;
+        }
         for (const bool is_key : {true, false}) {
             const codec* const saved = (is_key ? layer.second.key : layer.second.value).get();
             if (saved == nullptr) {
@@ -240,32 +137,24 @@ template <TensorElement Weight>
             const std::string name = detail::side_name(layer.first, is_key);
             const codec_spec* const spec = saved->spec();
             if (spec == nullptr) {
-                return wrong(name +
-                             ": the codec was made from policies that a file cannot name; "
-                             "make it from a codec_spec");
-            }
-            if (layer.first > detail::max_layer) {
-                return wrong(name + ": layers are numbered up to " + std::to_string(detail::max_layer));
+                return error{error_code::invalid_argument,
+                             path.string() + ": " + name +
+                                 ": the codec was made from policies that a file cannot name; make it from a "
+                                 "codec_spec"};
             }
             metadata[name] = detail::codec_spec_json(*spec);
-            detail::tensor_bytes codebook;
-            codebook.info.name = name + ".codebook";
-            codebook.info.type = storage_type_of(spec->weight_type);
-            codebook.info.shape = {spec->shape.depths, spec->shape.codewords, spec->shape.dim};
-            codebook.bytes = saved->weights();
-            tensors.push_back(std::move(codebook));
+            tensors.push_back({{name + ".codebook",
+                                storage_type_of(spec->weight_type),
+                                {spec->shape.depths, spec->shape.codewords, spec->shape.dim}},
+                               saved->weights()});
             if (!spec->permutation.empty()) {
-                detail::tensor_bytes permutation;
-                permutation.info.name = name + ".permutation";
-                permutation.info.type = storage_type::uint16;
-                permutation.info.shape = {spec->permutation.size()};
-                permutation.bytes = std::as_bytes(std::span(spec->permutation));
-                tensors.push_back(std::move(permutation));
+                tensors.push_back({{name + ".permutation", storage_type::uint16, {spec->permutation.size()}},
+                                   std::as_bytes(std::span(spec->permutation))});
             }
         }
     }
     if (tensors.empty()) {
-        return wrong("no codecs to save");
+        return error{error_code::invalid_argument, path.string() + ": no codecs to save"};
     }
     return detail::save_sealed(path, codec_file_format, codec_file_version, std::move(metadata), std::move(tensors));
 }

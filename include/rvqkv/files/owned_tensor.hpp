@@ -78,10 +78,10 @@ private:
 namespace detail {
 
 /// "[4096, 3, 64]"
-[[nodiscard]] inline std::string shape_text(std::span<const std::size_t> shape) {
+[[nodiscard]] inline std::string shape_text(std::span<const std::size_t> shape, const char* comma = ", ") {
     std::string text = "[";
     for (std::size_t i = 0; i < shape.size(); ++i) {
-        text += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
+        text += (i == 0 ? "" : comma) + std::to_string(shape[i]);
     }
     return text + "]";
 }

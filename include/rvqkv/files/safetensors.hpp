@@ -20,7 +20,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 #include <filesystem>
 #include <span>
 #include <string>
@@ -203,7 +202,7 @@ public:
                     return source_.damaged("no checksum stands first in the header");
                 }
                 stored.assign(text + detail::checksum_offset, checksum::digits);
-                std::memset(bytes.data() + detail::checksum_offset, '0', checksum::digits);
+                std::fill_n(bytes.data() + detail::checksum_offset, checksum::digits, std::byte{'0'});
             }
             sum.update(bytes);
             at += bytes.size();
@@ -415,7 +414,7 @@ private:
             tensor.offset = std::exchange(end, bytes);
             tensor.bytes = end - tensor.offset;
             text += (text.size() > 1 ? "," : "") + detail::json_string(tensor.name) + R"(:{"dtype":")" +
-                    std::string(name_of(tensor.type)) + R"(","shape":)" + detail::shape_text(tensor.shape) +
+                    std::string(name_of(tensor.type)) + R"(","shape":)" + detail::shape_text(tensor.shape, ",") +
                     R"(,"data_offsets":[)" + std::to_string(tensor.offset) + ',' + std::to_string(end) + "]}";
         }
         text += '}';

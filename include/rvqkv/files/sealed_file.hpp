@@ -1,158 +1,171 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// What rvqkv's own files have in common: safetensors whose metadata names a format and its version, seals the file
-/// with a checksum, and describes things in small flat JSON objects.
+/// What rvqkv's own files have in common: safetensors whose metadata names a format and its version, describes layers
+/// and sides ("layers.12.key") in flat JSON, and seals the file with a checksum.
 #pragma once
 
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/files/byte_source.hpp"
+#include "rvqkv/files/flat_json.hpp"
 #include "rvqkv/files/safetensors.hpp"
 #include "rvqkv/files/safetensors_header.hpp"
+#include "rvqkv/quantize/codec.hpp"
 
 #include <algorithm>
+#include <charconv>
 #include <cstddef>
+#include <cstdint>
 #include <filesystem>
-#include <limits>
-#include <map>
-#include <nlohmann/json.hpp>
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
-#include <variant>
 #include <vector>
 
 RVQKV_NAMESPACE_BEGIN
 namespace detail {
 
-/// A JSON object of numbers (0 or more) and names: `{"head_dim":128,"scale":"std_dev"}`. Each `take` removes a field,
-/// so that what is left at the end is what nobody knows.
-class flat_json {
-public:
-    using value_type = std::variant<std::size_t, std::string>;
+inline constexpr std::string_view format_key = "format";
+inline constexpr std::string_view version_key = "version";
+inline constexpr std::string_view layer_prefix = "layers.";
+inline constexpr std::size_t max_layer = 65535;
+inline constexpr dtype all_dtypes[] = {dtype::float32, dtype::float16, dtype::bfloat16};
+inline constexpr distance all_distances[] = {distance::euclidean, distance::cosine};
 
-    /// Errors: `damaged_file` for anything but a flat object, or a field that appears twice.
-    [[nodiscard]] static result<flat_json> parse(std::string_view text) {
-        flat_json object;
-        reader events(object.fields_);
-        if (text.find('\0') != std::string_view::npos ||
-            !nlohmann::json::sax_parse(text.data(), text.data() + text.size(), &events)) {
-            return error{error_code::damaged_file,
-                         events.failure.empty() ? in_quotes(text) + " is not valid JSON" : events.failure};
-        }
-        return object;
+/// Metadata that a file's format has a use for; the rest is the user's.
+[[nodiscard]] inline bool is_reserved(std::string_view key) {
+    return key == format_key || key == version_key || key == checksum_key ||
+           key.substr(0, layer_prefix.size()) == layer_prefix;
+}
+
+/// "layers.12.key"
+[[nodiscard]] inline std::string side_name(std::size_t layer, bool is_key) {
+    return std::string(layer_prefix) + std::to_string(layer) + (is_key ? ".key" : ".value");
+}
+
+/// The inverse; false when `name` is not spelled exactly so.
+[[nodiscard]] inline bool parse_side_name(std::string_view name, std::size_t& layer, bool& is_key) {
+    const std::string_view number = name.substr(std::min(layer_prefix.size(), name.size()));
+    layer = 0;
+    static_cast<void>(std::from_chars(number.data(), number.data() + number.size(), layer));
+    is_key = name == side_name(layer, true);
+    return layer <= max_layer && (is_key || name == side_name(layer, false));
+}
+
+/// A layer's number must be one that the reader takes.
+[[nodiscard]] inline status check_layer(const std::filesystem::path& path, std::size_t layer) {
+    if (layer > max_layer) {
+        return error{error_code::invalid_argument, path.string() + ": layer is " + std::to_string(layer) +
+                                                       ", must be at most " + std::to_string(max_layer)};
+    }
+    return {};
+}
+
+/// All of a spec but the permutation, which is a tensor.
+[[nodiscard]] inline std::string codec_spec_json(const codec_spec& spec) {
+    return flat_json_writer()
+        .add("head_dim", spec.head_dim)
+        .add("group_dim", spec.shape.dim)
+        .add("depths", spec.shape.depths)
+        .add("codewords", spec.shape.codewords)
+        .add("scale", name_of(spec.scale))
+        .add("scale_type", name_of(spec.scale_type))
+        .add("grouping", name_of(spec.grouping))
+        .add("distance", name_of(spec.metric))
+        .add("weight_type", name_of(spec.weight_type))
+        .text();
+}
+
+/// Reads one layer's one side: `name` is "layers.L.key" or "layers.L.value".
+class side_reader {
+public:
+    side_reader(const safetensors_file& file, std::string name) : file_(file), name_(std::move(name)) {}
+
+    [[nodiscard]] const safetensors_file& file() const noexcept { return file_; }
+    [[nodiscard]] std::string tensor_name(std::string_view last) const { return name_ + '.' + std::string(last); }
+    /// How many tensors `expect` has found.
+    [[nodiscard]] std::size_t tensors() const noexcept { return tensors_; }
+
+    /// Errors: `damaged_file`, about this side.
+    [[nodiscard]] error damaged(const std::string& what) const {
+        return {error_code::damaged_file, file_.name() + ": " + name_ + ": " + what};
+    }
+    /// An argument that came out of the file is the file's fault.
+    [[nodiscard]] error blame_file(const error& cause) const {
+        return cause.code == error_code::invalid_argument ? damaged(cause.message) : cause;
     }
 
-    /// A number of at most `most`.
-    [[nodiscard]] status take(std::string_view field, std::size_t& number,
-                              std::size_t most = std::numeric_limits<std::size_t>::max()) {
-        const auto at = fields_.find(field);
-        if (at == fields_.end()) {
-            return missing(field);
+    /// Errors: `damaged_file` unless there is such a tensor, exactly.
+    [[nodiscard]] status expect(std::string_view last, storage_type type, const std::vector<std::size_t>& shape) {
+        const std::string tensor = tensor_name(last);
+        const auto info = file_.tensor(tensor);
+        if (!info) {
+            return damaged("tensor " + in_quotes(tensor) + " is missing");
         }
-        const auto* found = std::get_if<std::size_t>(&at->second);
-        if (found == nullptr || *found > most) {
-            return wrong(field, at->second, "a number from 0 to " + std::to_string(most));
+        if (info.value()->shape != shape || info.value()->type != type) {
+            return damaged("tensor " + in_quotes(tensor) + " is " + std::string(name_of(info.value()->type)) + ' ' +
+                           shape_text(info.value()->shape) + ", but by the metadata it must be " +
+                           std::string(name_of(type)) + ' ' + shape_text(shape));
         }
-        number = *found;
-        fields_.erase(at);
+        ++tensors_;
         return {};
     }
 
-    /// One of the values that `name_of` names.
-    template <class Kind, std::size_t Count>
-    [[nodiscard]] status take(std::string_view field, const Kind (&kinds)[Count], Kind& kind) {
-        const auto at = fields_.find(field);
-        if (at == fields_.end()) {
-            return missing(field);
+    /// Errors: `damaged_file` naming the field.
+    [[nodiscard]] result<codec_spec> read_spec(std::string_view json) {
+        auto object = flat_json::parse(json);
+        if (!object) {
+            return damaged(object.error().message);
         }
-        std::string names;
-        for (const Kind each : kinds) {
-            if (const auto* name = std::get_if<std::string>(&at->second); name != nullptr && *name == name_of(each)) {
-                kind = each;
-                fields_.erase(at);
-                return {};
+        codec_spec spec;
+        flat_json& fields = object.value();
+        const status steps[] = {
+            fields.take("head_dim", spec.head_dim),
+            fields.take("group_dim", spec.shape.dim),
+            fields.take("depths", spec.shape.depths),
+            fields.take("codewords", spec.shape.codewords),
+            fields.take("scale", all_scale_kinds, spec.scale),
+            fields.take("scale_type", all_dtypes, spec.scale_type),
+            fields.take("grouping", all_grouping_kinds, spec.grouping),
+            fields.take("distance", all_distances, spec.metric),
+            fields.take("weight_type", all_dtypes, spec.weight_type),
+            fields.finish(),
+            spec.shape.validate(),
+        };
+        if (status wrong = first_failure(steps); !wrong) {
+            return damaged(wrong.error().message);
+        }
+        if (spec.grouping == grouping_kind::permuted) {
+            if (auto found = expect("permutation", storage_type::uint16, {spec.head_dim}); !found) {
+                return found.error();
             }
-            names += (names.empty() ? "one of '" : "', '") + std::string(name_of(each));
+            const auto order = file_.read_as<std::uint16_t>(tensor_name("permutation"));
+            if (!order) {
+                return order.error();
+            }
+            spec.permutation.assign(order.value().span().begin(), order.value().span().end());
         }
-        return wrong(field, at->second, names + "'");
-    }
-
-    /// Errors: `damaged_file` naming a field that was not taken.
-    [[nodiscard]] status finish() const {
-        return fields_.empty()
-                   ? status{}
-                   : error{error_code::damaged_file, "field " + in_quotes(fields_.begin()->first) + " is not known"};
+        if (status wrong = spec.validate(); !wrong) {
+            return damaged(wrong.error().message);
+        }
+        return spec;
     }
 
 private:
-    using field_map = std::map<std::string, value_type, std::less<>>;
-
-    /// Takes the parser's events; false ends the parse.
-    struct reader {
-        using json = nlohmann::json;
-        explicit reader(field_map& into) : fields(into) {}
-
-        bool null() { return unexpected("null"); }
-        bool boolean(bool value) { return unexpected(value ? "true" : "false"); }
-        bool number_integer(json::number_integer_t value) { return unexpected(std::to_string(value)); }
-        bool number_unsigned(json::number_unsigned_t value) { return put(static_cast<std::size_t>(value)); }
-        bool number_float(json::number_float_t /*value*/, const std::string& text) { return unexpected(text); }
-        bool string(std::string& value) { return put(std::move(value)); }
-        bool binary(json::binary_t& /*value*/) { return unexpected("bytes"); }
-        bool start_object(std::size_t /*elements*/) {
-            return std::exchange(inside, true) ? unexpected("an object") : true;
-        }
-        bool key(std::string& value) {
-            name = std::move(value);
-            return true;
-        }
-        bool end_object() { return true; }
-        bool start_array(std::size_t /*elements*/) { return unexpected("an array"); }
-        bool end_array() { return true; }
-        bool parse_error(std::size_t position, const std::string& /*token*/, const json::exception& /*cause*/) {
-            failure = "not valid JSON at character " + std::to_string(position);
-            return false;
-        }
-
-        bool put(value_type value) {
-            if (!inside) {
-                return unexpected("a single value");
-            }
-            if (!fields.emplace(name, std::move(value)).second) {
-                failure = "field " + in_quotes(name) + " appears twice";
-                return false;
-            }
-            return true;
-        }
-        bool unexpected(const std::string& what) {
-            failure = inside ? "field " + in_quotes(name) + ": a number of 0 or more or a text is wanted, not " + what
-                             : "an object is wanted, not " + what;
-            return false;
-        }
-
-        field_map& fields;
-        std::string name;
-        std::string failure;
-        bool inside = false;
-    };
-
-    [[nodiscard]] static error missing(std::string_view field) {
-        return {error_code::damaged_file, "field " + in_quotes(field) + " is missing"};
-    }
-    [[nodiscard]] static error wrong(std::string_view field, const value_type& value, const std::string& wanted) {
-        const auto* number = std::get_if<std::size_t>(&value);
-        return {error_code::damaged_file,
-                "field " + in_quotes(field) + " is " +
-                    (number != nullptr ? std::to_string(*number) : in_quotes(*std::get_if<std::string>(&value))) +
-                    ", must be " + wanted};
-    }
-
-    field_map fields_;
+    const safetensors_file& file_;
+    std::string name_;
+    std::size_t tensors_ = 0;
 };
 
-inline constexpr std::string_view format_key = "format";
-inline constexpr std::string_view version_key = "version";
+/// Starts a file of a format; `metadata` holds what the format needs and what is the user's.
+[[nodiscard]] inline result<safetensors_writer> create_sealed(const std::filesystem::path& path,
+                                                              std::string_view format, std::string_view version,
+                                                              metadata_map metadata, std::vector<tensor_info> tensors) {
+    metadata[std::string(format_key)] = format;
+    metadata[std::string(version_key)] = version;
+    return safetensors_writer::create(path, std::move(tensors), metadata, with_checksum::yes);
+}
 
 /// A tensor to write and its bytes, which stay the caller's.
 struct tensor_bytes {
@@ -160,21 +173,20 @@ struct tensor_bytes {
     std::span<const std::byte> bytes;
 };
 
-/// Writes a file of a format, sealed, all or nothing.
+/// Writes a file of a format, all or nothing.
 [[nodiscard]] inline status save_sealed(const std::filesystem::path& path, std::string_view format,
                                         std::string_view version, metadata_map metadata,
                                         std::vector<tensor_bytes> tensors) {
-    metadata[std::string(format_key)] = format;
-    metadata[std::string(version_key)] = version;
-    // Wide elements first: so each tensor stays aligned for readers that map the file.
+    // Wide elements first, so that each tensor is aligned for readers that map the file.
     std::stable_sort(tensors.begin(), tensors.end(), [](const tensor_bytes& a, const tensor_bytes& b) {
         return size_of(a.info.type) > size_of(b.info.type);
     });
     std::vector<tensor_info> infos;
+    infos.reserve(tensors.size());
     for (const tensor_bytes& tensor : tensors) {
         infos.push_back(tensor.info);
     }
-    auto writer = safetensors_writer::create(path, std::move(infos), metadata, with_checksum::yes);
+    auto writer = create_sealed(path, format, version, std::move(metadata), std::move(infos));
     if (!writer) {
         return writer.error();
     }
@@ -184,6 +196,17 @@ struct tensor_bytes {
         }
     }
     return writer.value().commit();
+}
+
+/// Errors: `invalid_argument` for a key of the user's metadata that is reserved.
+[[nodiscard]] inline status check_user_metadata(const std::filesystem::path& path, const metadata_map& metadata) {
+    for (const auto& entry : metadata) {
+        if (is_reserved(entry.first)) {
+            return error{error_code::invalid_argument,
+                         path.string() + ": metadata key " + in_quotes(entry.first) + " is reserved"};
+        }
+    }
+    return {};
 }
 
 /// Checks that a file is of the format and version wanted, and unchanged since it was written.

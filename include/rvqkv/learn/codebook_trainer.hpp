@@ -159,6 +159,7 @@ public:
             return error{error_code::invalid_argument, "observe was called after initialize: the sample is closed"};
         }
         const std::size_t dim = transform_.group_dim();
+        state_.sample.reserve(config_.sample * dim);  // growing would hold it twice; pages untouched cost nothing
         std::vector<float> channels(transform_.head_dim());
         std::vector<float> grouped(transform_.head_dim());
         std::size_t nonfinite = 0;
@@ -222,13 +223,13 @@ public:
             }
         }
         if (state_.depths_done == shape.depths) {
+            state_.sample = std::vector<float>();  // unlike `= {}`, gives the memory back
             auto ema = ema_trainer::create(shape, state_.ema.weights, config_.ema, config_.spec.metric);
             if (!ema) {
                 return ema.error();
             }
             ema_ = std::move(ema).value();
             state_.ema = {};
-            state_.sample = {};
         }
         return {};
     }

@@ -58,6 +58,8 @@ public:
     explicit model_trainer(std::map<std::size_t, layer_trainers> layers) : layers_(std::move(layers)) {}
 
     [[nodiscard]] const std::map<std::size_t, layer_trainers>& layers() const noexcept { return layers_; }
+    /// The trainers, for work on one at a time; the constructor above takes them back.
+    [[nodiscard]] std::map<std::size_t, layer_trainers> release() && { return std::move(layers_); }
 
     /// Errors: as `codebook_trainer::observe`, and for a layer that is not trained.
     [[nodiscard]] status observe(std::size_t layer, const tensor_view& keys, const tensor_view& values,

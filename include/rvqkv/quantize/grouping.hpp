@@ -48,17 +48,17 @@ struct strided_grouping {
     }
 };
 
-/// Any assignment: `order[group * group_dim + i]` is the channel.
+/// Any assignment: `order[group * group_dim + i]` is the channel. An order of another length than the head names none.
 class permuted_grouping {
 public:
     permuted_grouping() = default;
     explicit permuted_grouping(std::vector<std::uint16_t> order) noexcept : order_(std::move(order)) {}
     [[nodiscard]] static constexpr std::string_view name() noexcept { return "permuted"; }
-    /// A place beyond the given order maps to itself, which the check below then reports.
-    [[nodiscard]] std::size_t channel(std::size_t group, std::size_t i, std::size_t /*groups*/,
+    /// With an order of the wrong length, a channel that does not exist, which the check below reports.
+    [[nodiscard]] std::size_t channel(std::size_t group, std::size_t i, std::size_t groups,
                                       std::size_t group_dim) const noexcept {
-        const std::size_t place = group * group_dim + i;
-        return place < order_.size() ? order_[place] : place;
+        const std::size_t head_dim = groups * group_dim;
+        return order_.size() == head_dim ? order_[group * group_dim + i] : head_dim;
     }
     [[nodiscard]] const std::vector<std::uint16_t>& order() const noexcept { return order_; }
 

@@ -125,9 +125,8 @@ public:
 
     /// Reconstructs every head of every token from the first `depths` depths.
     /// Shapes:     `in` holds `out.rows()` rows; `out` `[token, head, head_dim]`, any type and strides.
-    /// Errors:     `invalid_argument` when `out.channels() != head_dim()`, when `depths` exceeds the codebook's, or
-    /// when
-    ///             a scale is missing; `out_of_memory` as in `encode`. Nothing is written then.
+    /// Errors:     `invalid_argument` when `out.channels() != head_dim()`, `depths` exceeds the codebook's, or a scale
+    ///             is missing; `out_of_memory` as in `encode`. Nothing is written then.
     /// Preconditions: every code is below `codewords`.
     /// Numerics:   float32 sum of codewords, times the scale, rounded once to the type of `out`.
     [[nodiscard]] status decode(encoded_view in, const mutable_tensor_view& out, std::size_t depths,

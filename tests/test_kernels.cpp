@@ -1,0 +1,129 @@
+// SPDX-License-Identifier: MIT
+/// @file
+/// The loops that read codewords, at every SIMD level and for every weight type, against plain loops: the same bits,
+/// whatever the shape, stride and alignment, and nothing written beside. The search has a file of its own,
+/// test_nearest_codeword.cpp, and so has conversion.
+#include "rvqkv/simd/kernels.hpp"
+
+#include "support/bits.hpp"
+#include "support/catch.hpp"
+#include "support/levels.hpp"
+#include "support/random.hpp"
+
+#include <algorithm>
+#include <cstddef>
+#include <limits>
+#include <vector>
+
+namespace {
+
+using rvqkv::code_t;
+
+template <class Weight>
+std::vector<Weight> random_weights(test::random_source& random, std::size_t count) {
+    std::vector<Weight> weights;
+    for (std::size_t i = 0; i < count; ++i) {
+        weights.push_back(rvqkv::float_to<Weight>(random.gaussian()));
+    }
+    // Zeros of both signs and denormals come through as they are.
+    for (std::size_t i = 0; i < count; i += 7) {
+        weights[i] = rvqkv::float_to<Weight>(i % 2 == 0 ? -0.0F : -0x1p-24F);
+    }
+    return weights;
+}
+
+std::vector<code_t> random_codes(test::random_source& random, std::size_t count, std::size_t codewords) {
+    std::vector<code_t> codes(count);
+    for (code_t& code : codes) {
+        code = static_cast<code_t>(random.integer(0, codewords - 1));
+    }
+    return codes;
+}
+
+constexpr std::size_t dims[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 97, 128, 130, 257};
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("kernels: subtract takes each row's codeword away", "[simd][differential]", float, rvqkv::float16,
+                   rvqkv::bfloat16) {
+    CAPTURE(test::seed());
+    test::random_source random(1);
+    for (const std::size_t dim : dims) {
+        const std::size_t codewords = random.integer(1, 40);
+        const std::size_t rows = random.integer(0, 20);
+        const std::size_t stride = dim + random.integer(0, 3);
+        const std::size_t offset = random.integer(0, 5);  // misaligns the rows
+        const std::vector<TestType> weights = random_weights<TestType>(random, codewords * dim);
+        const std::vector<code_t> codes = random_codes(random, rows, codewords);
+        const std::vector<float> x = test::gaussian_numbers(random, offset + rows * stride);
+        std::vector<float> expected = x;
+        for (std::size_t i = 0; i < rows; ++i) {
+            for (std::size_t j = 0; j < dim; ++j) {
+                expected[offset + i * stride + j] -= rvqkv::to_float(weights[codes[i] * dim + j]);
+            }
+        }
+        for (const rvqkv::simd_level level : test::levels()) {
+            CAPTURE(rvqkv::name_of(level), dim, rows, stride, offset);
+            std::vector<float> got = x;
+            rvqkv::kernels_for(level).value()->weights<TestType>().subtract(got.data() + offset, rows, stride,
+                                                                            weights.data(), dim, codes.data());
+            REQUIRE(test::bits_of(got) == test::bits_of(expected));
+        }
+    }
+}
+
+TEMPLATE_TEST_CASE("kernels: decode adds the codewords of the first depths, in order", "[simd][differential]", float,
+                   rvqkv::float16, rvqkv::bfloat16) {
+    CAPTURE(test::seed());
+    test::random_source random(2);
+    for (const std::size_t dim : dims) {
+        const std::size_t codewords = random.integer(1, 40);
+        const std::size_t most_depths = random.integer(1, 9);
+        const std::size_t rows = random.integer(0, 20);
+        const std::size_t stride = dim + random.integer(0, 3);
+        const std::size_t offset = random.integer(0, 5);
+        const std::vector<TestType> weights = random_weights<TestType>(random, most_depths * codewords * dim);
+        const std::vector<code_t> codes = random_codes(random, rows * most_depths, codewords);
+        const bool depths_apart = random.integer(0, 1) == 0;
+        const rvqkv::code_strides strides =
+            depths_apart ? rvqkv::code_strides{1, rows} : rvqkv::code_strides{most_depths, 1};
+        for (const std::size_t depths : {std::size_t{0}, std::size_t{1}, most_depths}) {
+            std::vector<float> expected(offset + rows * stride, 99.0F);
+            for (std::size_t i = 0; i < rows; ++i) {
+                for (std::size_t j = 0; j < dim; ++j) {
+                    // Starts from the first codeword, not from 0, so that -0 stays -0.
+                    float sum = 0.0F;
+                    for (std::size_t k = 0; k < depths; ++k) {
+                        const std::size_t code = codes[i * strides.vector + k * strides.depth];
+                        const float weight = rvqkv::to_float(weights[(k * codewords + code) * dim + j]);
+                        sum = k == 0 ? weight : sum + weight;
+                    }
+                    expected[offset + i * stride + j] = sum;
+                }
+            }
+            for (const rvqkv::simd_level level : test::levels()) {
+                CAPTURE(rvqkv::name_of(level), dim, rows, stride, offset, depths, depths_apart);
+                std::vector<float> got(offset + rows * stride, 99.0F);
+                rvqkv::kernels_for(level).value()->weights<TestType>().decode(
+                    got.data() + offset, rows, stride, weights.data(), codewords, dim, codes.data(), strides, depths);
+                REQUIRE(test::bits_of(got) == test::bits_of(expected));
+            }
+        }
+    }
+}
+
+TEST_CASE("kernels: NaN and infinity stay in their row", "[simd][unit]") {
+    constexpr std::size_t dim = 20;
+    const std::vector<float> weights(dim, 1.0F);
+    const std::vector<code_t> codes = {0, 0, 0};
+    for (const rvqkv::simd_level level : test::levels()) {
+        CAPTURE(rvqkv::name_of(level));
+        std::vector<float> x(3 * dim, 3.0F);
+        std::fill_n(x.begin() + dim, dim, std::numeric_limits<float>::infinity());
+        x[dim + 4] = std::numeric_limits<float>::quiet_NaN();
+        rvqkv::kernels_for(level).value()->float32_weights.subtract(x.data(), 3, dim, weights.data(), dim,
+                                                                    codes.data());
+        CHECK(std::count(x.begin(), x.end(), 2.0F) == 2 * dim);
+        CHECK(std::count(x.begin(), x.end(), std::numeric_limits<float>::infinity()) == dim - 1);
+    }
+}
