@@ -178,6 +178,10 @@ run_everything() {
     use_ccache
     has_version_14 clang-format && check format check_format
     for preset in dev-gcc dev-clang asan-ubsan tsan aarch64; do
+        if [ $preset = aarch64 ] && [ ! -e /usr/include/catch2/catch.hpp ]; then
+            echo "skipped aarch64: Catch2 3 is a library, and there is none for that processor here"
+            continue
+        fi
         check "build $preset" configure_and_build "$preset" all && run_tests "$preset"
     done
     has_version_14 clang-tidy && check clang-tidy configure_and_build tidy all

@@ -238,6 +238,8 @@ TEST_CASE("codebook_trainer: what is called too early, too late or with the wron
 
     config.sample = 31;
     CHECK(rvqkv::codebook_trainer::create(config).error().message.find("sample is 31") != std::string::npos);
+    config.sample = (std::size_t{1} << 30U) + 1;
+    CHECK(rvqkv::codebook_trainer::create(config).error().message.find("at most 1073741824") != std::string::npos);
     config = small_config();
     config.spec.shape.dim = 5;
     CHECK(rvqkv::codebook_trainer::create(config).error().message.find("group_dim is 5") != std::string::npos);
@@ -251,6 +253,12 @@ TEST_CASE("codebook_trainer: what is called too early, too late or with the wron
     state = {};
     state.sample = {1.0F, 2.0F};
     CHECK(!rvqkv::codebook_trainer::resume(small_config(), state).ok());
-    state.sample = {1.0F, 2.0F, std::numeric_limits<float>::quiet_NaN(), 0.0F};
+    state.sample = {1.0F, 2.0F, 3.0F, 0.0F};
+    state.observed = 2;  // one vector is missing
+    CHECK(rvqkv::codebook_trainer::resume(small_config(), state).error().message.find("must hold 8") !=
+          std::string::npos);
+    state.observed = 1;
+    CHECK(rvqkv::codebook_trainer::resume(small_config(), state).ok());
+    state.sample[2] = std::numeric_limits<float>::quiet_NaN();
     CHECK(!rvqkv::codebook_trainer::resume(small_config(), state).ok());
 }

@@ -172,6 +172,8 @@ TEST_CASE("matrix_of: views rows that are contiguous, whatever lies between them
     check_matrix(rvqkv::matrix_of(vector).value(), vector);
     Eigen::RowVectorXf row = numbered<row_major>(1, 7);
     check_matrix(rvqkv::matrix_of(row).value(), row);
+    column_major one_row = numbered<column_major>(1, 7);  // which says that rows are one element apart
+    check_matrix(rvqkv::matrix_of(one_row).value(), one_row);
     Eigen::Ref<row_major> reference(matrix);
     check_matrix(rvqkv::matrix_of(reference).value(), matrix);
     static_assert(std::is_same_v<decltype(rvqkv::matrix_of(matrix).value().data), float*>);

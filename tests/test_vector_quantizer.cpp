@@ -246,6 +246,10 @@ TEST_CASE("vector_quantizer: results do not depend on how calls are split, nor o
         CAPTURE(tokens);
         CHECK(pieces == whole);
         CHECK(restored == decode(quantizer, whole, tensor, 2));
+        // A call of any length works in 256 KiB and one row.
+        quantizer.encode(view, view_of(quantizer, pieces), workspace).value();
+        CHECK(pieces == whole);
+        CHECK(workspace.bytes() == (1 + std::min<std::size_t>(view.rows(), 32)) * head_dim * sizeof(float));
     }
 }
 

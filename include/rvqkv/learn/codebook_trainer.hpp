@@ -52,8 +52,15 @@ struct trainer_config {
                                                            ", must be at least the number of codewords, " +
                                                            std::to_string(spec.shape.codewords)};
         }
+        if (sample > most_sampled_values / spec.shape.dim) {
+            return error{error_code::invalid_argument, "sample is " + std::to_string(sample) + ", must be at most " +
+                                                           std::to_string(most_sampled_values / spec.shape.dim)};
+        }
         return {};
     }
+
+    /// Most float32 values that a sample may hold (16 GiB); memory for all of them is asked for at once.
+    static constexpr std::size_t most_sampled_values = std::size_t{1} << 32U;
 };
 
 /// Everything a `codebook_trainer` carries, for saving and resuming. Either vectors are still being sampled or turned
@@ -104,10 +111,13 @@ public:
             return error{error_code::invalid_argument, "depths_done is " + std::to_string(state.depths_done) +
                                                            ", the codec has " + std::to_string(shape.depths)};
         }
-        if (state.sample.size() % shape.dim != 0 || state.sample.size() / shape.dim > config.sample) {
+        const std::uint64_t kept =
+            state.depths_done == shape.depths ? 0 : std::min<std::uint64_t>(state.observed, config.sample) * shape.dim;
+        if (state.sample.size() != kept) {
             return error{error_code::invalid_argument, "sample holds " + std::to_string(state.sample.size()) +
-                                                           " values, not up to " + std::to_string(config.sample) +
-                                                           " vectors of " + std::to_string(shape.dim)};
+                                                           " values, after " + std::to_string(state.observed) +
+                                                           " vectors and " + std::to_string(state.depths_done) +
+                                                           " depths it must hold " + std::to_string(kept)};
         }
         if (!std::all_of(state.sample.begin(), state.sample.end(), [](float v) { return std::isfinite(v); })) {
             return error{error_code::invalid_argument, "sample holds a value that is not finite"};
