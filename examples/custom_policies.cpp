@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdio>
+#include <exception>
 #include <memory>
 #include <random>
 #include <utility>
@@ -66,7 +67,7 @@ double relative_error(const rvqkv::codec& codec, const std::vector<float>& keys)
 
 }  // namespace
 
-int main() {
+int main() try {
     std::mt19937 random(1);
     const rvqkv::residual_codebook<> codebook = make_codebook(random);
     const std::vector<float> keys = make_keys(random);
@@ -82,4 +83,7 @@ int main() {
                     relative_error(*codec, keys));
     }
     return 0;
+} catch (const std::exception& failure) {
+    std::fprintf(stderr, "custom_policies: %s\n", failure.what());
+    return 1;
 }

@@ -63,7 +63,7 @@ TEST_CASE("aligned_buffer: an empty one holds no memory", "[core][unit]") {
     const test::allocation_counter counter;
     const rvqkv::aligned_buffer<float> none;
     const rvqkv::aligned_buffer<float> zero(0);
-    const rvqkv::aligned_buffer<float> copy(zero);
+    const rvqkv::aligned_buffer<float> copy(zero);  // NOLINT(performance-unnecessary-copy-initialization)
     const std::size_t allocations = counter.allocations();
     CHECK(allocations == 0);
     CHECK(none.data() == nullptr);

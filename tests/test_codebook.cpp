@@ -41,6 +41,7 @@ std::string refusal(const codebook_shape& shape, const std::vector<float>& weigh
 template <class Weight>
 std::vector<float> as_floats(std::span<const Weight> weights) {
     std::vector<float> floats;
+    floats.reserve(weights.size());
     for (const Weight weight : weights) {
         floats.push_back(rvqkv::to_float(weight));
     }
@@ -59,6 +60,7 @@ TEMPLATE_TEST_CASE("residual_codebook: holds its weights, rounded to the type th
         CAPTURE(shape.depths, shape.codewords, shape.dim);
         const std::vector<float> weights = test::gaussian_numbers(random, shape.size());
         std::vector<float> expected;
+        expected.reserve(weights.size());
         for (const float weight : weights) {
             expected.push_back(rvqkv::to_float(rvqkv::float_to<TestType>(weight)));
         }
@@ -86,6 +88,7 @@ TEMPLATE_TEST_CASE("residual_codebook: holds its weights, rounded to the type th
 TEMPLATE_TEST_CASE("residual_codebook: takes weights of any element type", "[quantize][unit]", rvqkv::float16,
                    rvqkv::bfloat16) {
     std::vector<TestType> weights;
+    weights.reserve(12);
     for (int i = 0; i < 12; ++i) {
         weights.push_back(rvqkv::float_to<TestType>(0.1F * static_cast<float>(i)));
     }

@@ -168,6 +168,7 @@ TEMPLATE_TEST_CASE("make_codec: codes as the quantizer of the same description d
     codec_spec spec = small_spec();
     spec.weight_type = rvqkv::dtype_of<TestType>;
     std::vector<TestType> stored;
+    stored.reserve(weights.size());
     for (const float weight : weights) {
         stored.push_back(rvqkv::float_to<TestType>(weight));
     }

@@ -19,6 +19,7 @@ namespace {
 template <class Half>
 std::vector<std::uint16_t> bits_of(const std::vector<Half>& halves) {
     std::vector<std::uint16_t> bits;
+    bits.reserve(halves.size());
     for (const Half half : halves) {
         bits.push_back(half.bits);
     }
@@ -70,6 +71,7 @@ TEMPLATE_TEST_CASE("convert: every half becomes the float it is, at every level"
                    rvqkv::float16, rvqkv::bfloat16) {
     const std::vector<TestType> in = all_patterns<TestType>();
     std::vector<float> expected;
+    expected.reserve(in.size());
     for (const TestType half : in) {
         expected.push_back(rvqkv::to_float(half));
     }
@@ -86,6 +88,7 @@ TEMPLATE_TEST_CASE("convert: floats round as the scalar functions do, at every l
     CAPTURE(test::seed());
     const std::vector<float> in = hard_floats(200000);
     std::vector<TestType> expected;
+    expected.reserve(in.size());
     for (const float x : in) {
         expected.push_back(rvqkv::float_to<TestType>(x));
     }

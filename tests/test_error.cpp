@@ -61,7 +61,8 @@ TEST_CASE("result: hands out its value", "[core][unit]") {
     CHECK(fetched.value() == "keys");
     fetched.value() += "!";
     CHECK(std::as_const(fetched).value() == "keys!");
-    CHECK(std::move(fetched).value() == "keys!");
+    const std::string taken = std::move(fetched).value();
+    CHECK(taken == "keys!");
 }
 
 TEST_CASE("result: holds types that cannot be copied", "[core][unit]") {

@@ -20,8 +20,8 @@
 
 namespace {
 
-std::vector<std::uint16_t> shuffled_channels(std::size_t head_dim) {
-    std::vector<std::uint16_t> order(head_dim);
+rvqkv::channel_list shuffled_channels(std::size_t head_dim) {
+    rvqkv::channel_list order(head_dim);
     std::iota(order.begin(), order.end(), std::uint16_t{0});
     test::random_source random(head_dim);
     std::shuffle(order.begin(), order.end(), random.engine());
@@ -99,7 +99,7 @@ TEMPLATE_LIST_TEST_CASE("channel_order: tabulates the policy, place by place", "
     constexpr std::size_t groups = 6;
     constexpr std::size_t group_dim = 4;
     const auto grouping = make_grouping<TestType>(groups * group_dim);
-    const std::vector<std::uint16_t> order = rvqkv::channel_order(grouping, groups * group_dim, group_dim).value();
+    const rvqkv::channel_list order = rvqkv::channel_order(grouping, groups * group_dim, group_dim).value();
     REQUIRE(order.size() == groups * group_dim);
     for (std::size_t group = 0; group < groups; ++group) {
         for (std::size_t i = 0; i < group_dim; ++i) {
@@ -109,7 +109,7 @@ TEMPLATE_LIST_TEST_CASE("channel_order: tabulates the policy, place by place", "
 }
 
 TEST_CASE("contiguous_grouping, strided_grouping: deal channels as the paper does", "[quantize][unit]") {
-    using order = std::vector<std::uint16_t>;
+    using order = rvqkv::channel_list;
     CHECK(rvqkv::channel_order(rvqkv::contiguous_grouping{}, 6, 3).value() == order{0, 1, 2, 3, 4, 5});
     CHECK(rvqkv::channel_order(rvqkv::strided_grouping{}, 6, 3).value() == order{0, 2, 4, 1, 3, 5});
     constexpr std::size_t head_dim = 128;
@@ -199,7 +199,7 @@ TEST_CASE("any_grouping: is each of the policies", "[quantize][unit]") {
     CHECK(rvqkv::name_of(rvqkv::grouping_kind::strided) == "strided");
     CHECK(rvqkv::name_of(rvqkv::grouping_kind::permuted) == "permuted");
     CHECK(std::size(rvqkv::all_grouping_kinds) == 3);
-    const std::vector<std::uint16_t> order = shuffled_channels(24);
+    const rvqkv::channel_list order = shuffled_channels(24);
     const auto table = [&order](rvqkv::grouping_kind kind) {
         const rvqkv::any_grouping any(kind, order);
         CHECK(any.kind() == kind);

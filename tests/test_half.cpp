@@ -182,7 +182,8 @@ TEST_CASE("to_float16: rounds to nearest, ties to even", "[core][differential]")
             wrong.push_back(x);
         }
     }
-    CHECK(wrong == std::vector<float>{});
+    CAPTURE(wrong);
+    CHECK(wrong.empty());
 }
 
 TEST_CASE("to_bfloat16: rounds to nearest, ties to even", "[core][differential]") {
@@ -194,7 +195,8 @@ TEST_CASE("to_bfloat16: rounds to nearest, ties to even", "[core][differential]"
             wrong.push_back(x);
         }
     }
-    CHECK(wrong == std::vector<float>{});
+    CAPTURE(wrong);
+    CHECK(wrong.empty());
 }
 
 TEST_CASE("to_float16, to_bfloat16: keep NaN a NaN of the same sign, quiet", "[core][unit]") {

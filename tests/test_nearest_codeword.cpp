@@ -138,8 +138,9 @@ TEST_CASE("nearest_codeword: finds codes up to the last of 65536", "[quantize][s
     constexpr std::size_t side = 256;
     std::vector<float> weights;
     for (std::size_t c = 0; c < rvqkv::max_codewords; ++c) {
-        weights.push_back(static_cast<float>(c / side) - 128.0F);
-        weights.push_back(static_cast<float>(c % side) - 128.0F);
+        const std::size_t row = c / side;
+        weights.push_back(static_cast<float>(row) - 128.0F);
+        weights.push_back(static_cast<float>(c - row * side) - 128.0F);
     }
     const std::vector<float> x = {-128,       -128,   /**/ -128, 127, /**/ 0,    0,
                                   /**/ 5.25F, -7.25F, /**/ 127,  127, /**/ 9e3F, 9e3F};

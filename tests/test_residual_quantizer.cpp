@@ -10,6 +10,7 @@
 #include "support/levels.hpp"
 #include "support/random.hpp"
 #include "support/reference.hpp"
+#include "support/weights.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -32,15 +33,6 @@ quantizer<Weight> make_quantizer(const codebook_shape& shape, const std::vector<
                                  rvqkv::distance metric = rvqkv::distance::euclidean) {
     return quantizer<Weight>(
         rvqkv::residual_codebook<Weight>::create(shape, std::span<const float>(weights), metric).value());
-}
-
-/// Random codewords, finer from depth to depth, as trained ones are.
-std::vector<float> make_weights(test::random_source& random, const codebook_shape& shape) {
-    std::vector<float> weights = test::gaussian_numbers(random, shape.size());
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-        weights[i] *= std::pow(0.7F, static_cast<float>(i / (shape.codewords * shape.dim)));
-    }
-    return weights;
 }
 
 struct outcome {
@@ -78,7 +70,7 @@ TEMPLATE_TEST_CASE("residual_quantizer: encodes as the plain oracle does, at eve
     test::random_source random(1);
     for (const codebook_shape& shape : {codebook_shape{1, 1, 1}, {3, 16, 5}, {4, 37, 8}, {5, 20, 16}, {2, 100, 33}}) {
         for (const rvqkv::distance metric : {rvqkv::distance::euclidean, rvqkv::distance::cosine}) {
-            const auto quantizer = make_quantizer<TestType>(shape, make_weights(random, shape), metric);
+            const auto quantizer = make_quantizer<TestType>(shape, test::make_weights(random, shape), metric);
             reference::codebook book{shape.depths, shape.codewords, shape.dim, {}, metric == rvqkv::distance::cosine};
             for (const TestType weight : quantizer.codebook().weights()) {
                 book.weights.push_back(rvqkv::to_float(weight));
@@ -161,7 +153,7 @@ TEST_CASE("residual_quantizer: errors fall from depth to depth over a batch, and
     CAPTURE(test::seed());
     test::random_source random(3);
     const codebook_shape shape{6, 64, 4};
-    const auto quantizer = make_quantizer(shape, make_weights(random, shape));
+    const auto quantizer = make_quantizer(shape, test::make_weights(random, shape));
     std::vector<float> vectors = test::gaussian_numbers(random, 500 * shape.dim);
     const outcome once = encode(quantizer, vectors);
     // Not for every vector, but for the sum over many vectors and codewords like these.
@@ -182,7 +174,7 @@ TEMPLATE_TEST_CASE("residual_quantizer: what is decoded and what is left make up
     CAPTURE(test::seed());
     test::random_source random(4);
     const codebook_shape shape{5, 40, 12};
-    const auto quantizer = make_quantizer<TestType>(shape, make_weights(random, shape));
+    const auto quantizer = make_quantizer<TestType>(shape, test::make_weights(random, shape));
     const std::vector<float> vectors = test::gaussian_numbers(random, 100 * shape.dim);
     const outcome coded = encode(quantizer, vectors);
     const std::vector<float> decoded = decode(quantizer, coded.codes, shape.depths);
@@ -210,7 +202,7 @@ TEMPLATE_TEST_CASE("residual_quantizer: fewer depths decode to the partial sums,
     CAPTURE(test::seed());
     test::random_source random(5);
     const codebook_shape shape{6, 30, 21};
-    const auto quantizer = make_quantizer<TestType>(shape, make_weights(random, shape));
+    const auto quantizer = make_quantizer<TestType>(shape, test::make_weights(random, shape));
     constexpr std::size_t rows = 33;
     std::vector<code_t> codes(rows * shape.depths);
     for (code_t& code : codes) {
@@ -240,7 +232,7 @@ TEST_CASE("residual_quantizer: codes and residuals do not depend on how calls ar
     CAPTURE(test::seed());
     test::random_source random(6);
     const codebook_shape shape{3, 20, 4};
-    const auto quantizer = make_quantizer(shape, make_weights(random, shape));
+    const auto quantizer = make_quantizer(shape, test::make_weights(random, shape));
     for (const std::size_t rows : {1U, 2U, 59U, 60U, 61U, 479U, 480U, 481U, 1000U}) {
         CAPTURE(rows);
         const std::vector<float> vectors = test::gaussian_numbers(random, rows * shape.dim);
@@ -279,7 +271,7 @@ TEST_CASE("residual_quantizer: leaves the padding of rows alone", "[quantize][un
     const codebook_shape shape{2, 20, 7};
     constexpr std::size_t rows = 50;
     constexpr std::size_t stride = 10;
-    const auto quantizer = make_quantizer(shape, make_weights(random, shape));
+    const auto quantizer = make_quantizer(shape, test::make_weights(random, shape));
     const std::vector<float> tight = test::gaussian_numbers(random, rows * shape.dim);
     const outcome expected = encode(quantizer, tight);
     std::vector<float> padded(rows * stride, 1e30F);
@@ -304,7 +296,7 @@ TEST_CASE("residual_quantizer: rows that are not finite get valid codes and harm
     CAPTURE(test::seed());
     test::random_source random(8);
     const codebook_shape shape{4, 37, 8};
-    const auto quantizer = make_quantizer(shape, make_weights(random, shape));
+    const auto quantizer = make_quantizer(shape, test::make_weights(random, shape));
     const std::vector<float> clean = test::gaussian_numbers(random, 64 * shape.dim);
     const outcome expected = encode(quantizer, clean);
     for (const float bad : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), 1e38F}) {
@@ -348,7 +340,7 @@ TEST_CASE("residual_quantizer: works with a codebook of fixed extents", "[quanti
 TEST_CASE("residual_quantizer: allocates nothing", "[quantize][unit]") {
     test::random_source random(9);
     const codebook_shape shape{3, 20, 4};
-    const auto quantizer = make_quantizer(shape, make_weights(random, shape));
+    const auto quantizer = make_quantizer(shape, test::make_weights(random, shape));
     std::vector<float> vectors = test::gaussian_numbers(random, 600 * shape.dim);
     std::vector<code_t> codes(600 * shape.depths);
     std::vector<double> errors(shape.depths);

@@ -61,6 +61,7 @@ TEMPLATE_LIST_TEST_CASE("row_transform: divides by the stored scale, deals chann
             const float measured = policy.measure(row);
             const float expected_scale = policy.is_stored() ? rvqkv::stored_scale(measured, stored) : 1.0F;
             std::vector<float> expected;
+            expected.reserve(head_dim);
             for (const std::uint16_t channel : order) {
                 expected.push_back(row[channel] / expected_scale);
             }

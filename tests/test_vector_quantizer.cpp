@@ -11,6 +11,7 @@
 #include "support/levels.hpp"
 #include "support/random.hpp"
 #include "support/reference.hpp"
+#include "support/weights.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -31,14 +32,6 @@ using rvqkv::tensor_shape;
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
 constexpr float not_a_number = std::numeric_limits<float>::quiet_NaN();
-
-std::vector<float> make_weights(test::random_source& random, const codebook_shape& shape) {
-    std::vector<float> weights = test::gaussian_numbers(random, shape.size());
-    for (std::size_t i = 0; i < weights.size(); ++i) {
-        weights[i] *= std::pow(0.7F, static_cast<float>(i / (shape.codewords * shape.dim)));
-    }
-    return weights;
-}
 
 template <class Weight = float>
 rvqkv::residual_codebook<Weight> make_book(const codebook_shape& shape, const std::vector<float>& weights) {
@@ -135,7 +128,7 @@ TEMPLATE_TEST_CASE("vector_quantizer: encodes and decodes as the plain oracle do
     const std::pair<std::size_t, codebook_shape> settings[] = {{64, {4, 37, 16}}, {128, {8, 64, 32}}, {256, {2, 20, 8}},
                                                                {12, {3, 5, 3}},   {7, {2, 4, 7}},     {5, {2, 9, 1}}};
     for (const auto& [head_dim, shape] : settings) {
-        const std::vector<float> weights = make_weights(random, shape);
+        const std::vector<float> weights = test::make_weights(random, shape);
         const auto quantizer = rvqkv::vector_quantizer<rvqkv::std_dev_scale, TestType>::create(
                                    head_dim, make_book(shape, weights), {}, {}, dtype::float32)
                                    .value();
@@ -187,7 +180,8 @@ TEMPLATE_TEST_CASE("vector_quantizer: reads and writes every element type in eve
     CAPTURE(test::seed());
     test::random_source random(2);
     const codebook_shape shape{3, 20, 8};
-    const auto quantizer = rvqkv::key_quantizer::create(32, make_book(shape, make_weights(random, shape))).value();
+    const auto quantizer =
+        rvqkv::key_quantizer::create(32, make_book(shape, test::make_weights(random, shape))).value();
     const tensor_shape tensor{5, 3, 32};
     std::vector<float> numbers = test::gaussian_numbers(random, 15 * 32);
     for (float& number : numbers) {
@@ -224,7 +218,7 @@ TEST_CASE("vector_quantizer: results do not depend on how calls are split, nor o
     const codebook_shape shape{2, 9, 512};
     constexpr std::size_t head_dim = 2048;  // 32 rows are encoded together
     const auto quantizer =
-        rvqkv::value_quantizer::create(head_dim, make_book(shape, make_weights(random, shape))).value();
+        rvqkv::value_quantizer::create(head_dim, make_book(shape, test::make_weights(random, shape))).value();
     for (const std::size_t tokens : {1U, 10U, 11U, 16U, 33U}) {
         const tensor_shape tensor{tokens, 3, head_dim};
         const std::vector<float> x = test::gaussian_numbers(random, tokens * 3 * head_dim);
@@ -257,7 +251,7 @@ TEST_CASE("vector_quantizer: fewer depths give the sums of the first codewords",
     CAPTURE(test::seed());
     test::random_source random(4);
     const codebook_shape shape{5, 16, 4};
-    const std::vector<float> weights = make_weights(random, shape);
+    const std::vector<float> weights = test::make_weights(random, shape);
     const auto quantizer = rvqkv::value_quantizer::create(8, make_book(shape, weights)).value();
     const reference::codebook book{shape.depths, shape.codewords, shape.dim, weights};
     const tensor_shape tensor{4, 1, 8};
@@ -279,7 +273,7 @@ TEST_CASE("vector_quantizer: codes may lie depth by depth", "[quantize][unit]") 
     CAPTURE(test::seed());
     test::random_source random(5);
     const codebook_shape shape{3, 16, 4};
-    const auto quantizer = rvqkv::key_quantizer::create(8, make_book(shape, make_weights(random, shape))).value();
+    const auto quantizer = rvqkv::key_quantizer::create(8, make_book(shape, test::make_weights(random, shape))).value();
     const tensor_shape tensor{50, 2, 8};
     constexpr std::size_t vectors = 200;
     const std::vector<float> x = test::gaussian_numbers(random, 100 * 8);
@@ -303,7 +297,7 @@ TEST_CASE("vector_quantizer: scales are those of their type, and vectors are div
     CAPTURE(test::seed());
     test::random_source random(6);
     const codebook_shape shape{2, 30, 8};
-    const auto book = make_book(shape, make_weights(random, shape));
+    const auto book = make_book(shape, test::make_weights(random, shape));
     const tensor_shape tensor{20, 2, 16};
     const std::vector<float> x = test::gaussian_numbers(random, 40 * 16);
     for (const dtype stored : {dtype::float32, dtype::float16, dtype::bfloat16}) {
@@ -330,7 +324,7 @@ TEST_CASE("vector_quantizer: a policy without scales stores none and needs none"
     test::random_source random(7);
     const codebook_shape shape{2, 30, 8};
     using unscaled = rvqkv::vector_quantizer<rvqkv::no_scale, rvqkv::contiguous_grouping>;
-    const auto quantizer = unscaled::create(16, make_book(shape, make_weights(random, shape))).value();
+    const auto quantizer = unscaled::create(16, make_book(shape, test::make_weights(random, shape))).value();
     CHECK_FALSE(quantizer.stores_scale());
     CHECK(quantizer.bits_per_row() == 2 * 2 * 5);
     const std::vector<float> x = test::gaussian_numbers(random, 3 * 16);
@@ -347,7 +341,8 @@ TEST_CASE("vector_quantizer: NaNs and infinities count as 0, are reported with t
     CAPTURE(test::seed());
     test::random_source random(8);
     const codebook_shape shape{3, 37, 8};
-    const auto quantizer = rvqkv::key_quantizer::create(32, make_book(shape, make_weights(random, shape))).value();
+    const auto quantizer =
+        rvqkv::key_quantizer::create(32, make_book(shape, test::make_weights(random, shape))).value();
     const tensor_shape tensor{6, 3, 32};
     const std::vector<float> clean = test::gaussian_numbers(random, 18 * 32);
     const auto at = [](std::size_t token, std::size_t head, std::size_t channel) {
@@ -397,7 +392,8 @@ TEST_CASE("vector_quantizer: NaNs and infinities count as 0, are reported with t
 TEST_CASE("vector_quantizer: 16-bit NaNs and infinities are found as well", "[quantize][unit]") {
     test::random_source random(9);
     const codebook_shape shape{1, 4, 4};
-    const auto quantizer = rvqkv::value_quantizer::create(4, make_book(shape, make_weights(random, shape))).value();
+    const auto quantizer =
+        rvqkv::value_quantizer::create(4, make_book(shape, test::make_weights(random, shape))).value();
     const rvqkv::float16 halves[] = {{0x7e00}, {0x3c00}, {0xfc00}, {0x7c01}};
     const rvqkv::bfloat16 brains[] = {{0x7fc0}, {0x3f80}, {0xff80}, {0x7f81}};
     rvqkv::encode_report report;
@@ -411,7 +407,8 @@ TEST_CASE("vector_quantizer: 16-bit NaNs and infinities are found as well", "[qu
 TEST_CASE("vector_quantizer: refuses calls of the wrong shape, and writes nothing", "[quantize][unit]") {
     test::random_source random(10);
     const codebook_shape shape{2, 4, 8};
-    const auto quantizer = rvqkv::key_quantizer::create(16, make_book(shape, make_weights(random, shape))).value();
+    const auto quantizer =
+        rvqkv::key_quantizer::create(16, make_book(shape, test::make_weights(random, shape))).value();
     const std::vector<float> x(64, 1.0F);
     coded to = make_room(quantizer, 4);
     const coded untouched = to;
@@ -444,7 +441,8 @@ TEST_CASE("vector_quantizer: refuses calls of the wrong shape, and writes nothin
 TEST_CASE("vector_quantizer: no tokens or no heads are no work", "[quantize][unit]") {
     test::random_source random(11);
     const codebook_shape shape{2, 4, 8};
-    const auto quantizer = rvqkv::key_quantizer::create(16, make_book(shape, make_weights(random, shape))).value();
+    const auto quantizer =
+        rvqkv::key_quantizer::create(16, make_book(shape, test::make_weights(random, shape))).value();
     rvqkv::quantizer_workspace workspace;
     const float* const nothing = nullptr;
     float* const nowhere = nullptr;
@@ -460,7 +458,7 @@ TEST_CASE("vector_quantizer: no tokens or no heads are no work", "[quantize][uni
 TEST_CASE("vector_quantizer: refuses a head_dim that its codebook does not divide", "[quantize][unit]") {
     test::random_source random(12);
     const codebook_shape shape{2, 4, 48};
-    const auto made = rvqkv::key_quantizer::create(128, make_book(shape, make_weights(random, shape)));
+    const auto made = rvqkv::key_quantizer::create(128, make_book(shape, test::make_weights(random, shape)));
     REQUIRE_FALSE(made.ok());
     CHECK(made.error().code == rvqkv::error_code::invalid_argument);
     CHECK(made.error().message == "group_dim is 48, must divide head_dim 128");
@@ -480,7 +478,8 @@ TEST_CASE("vector_quantizer: the paper's setting takes 368 bits for 128 channels
 TEST_CASE("vector_quantizer: allocates nothing once it has seen a call as large", "[quantize][unit]") {
     test::random_source random(14);
     const codebook_shape shape{2, 20, 8};
-    const auto quantizer = rvqkv::key_quantizer::create(64, make_book(shape, make_weights(random, shape))).value();
+    const auto quantizer =
+        rvqkv::key_quantizer::create(64, make_book(shape, test::make_weights(random, shape))).value();
     const tensor_shape tensor{10, 4, 64};
     std::vector<float> x = test::gaussian_numbers(random, 40 * 64);
     coded to = make_room(quantizer, 40);
@@ -505,7 +504,8 @@ TEST_CASE("vector_quantizer: allocates nothing once it has seen a call as large"
 TEST_CASE("vector_quantizer: a workspace that cannot grow is reported, and nothing is written", "[quantize][unit]") {
     test::random_source random(15);
     const codebook_shape shape{2, 20, 8};
-    const auto quantizer = rvqkv::key_quantizer::create(64, make_book(shape, make_weights(random, shape))).value();
+    const auto quantizer =
+        rvqkv::key_quantizer::create(64, make_book(shape, test::make_weights(random, shape))).value();
     const std::vector<float> x = test::gaussian_numbers(random, 40 * 64);
     coded to = make_room(quantizer, 40);
     const coded untouched = to;
@@ -532,7 +532,7 @@ TEST_CASE("vector_quantizer: huge and tiny tensors come back finite and of their
     CAPTURE(test::seed());
     test::random_source random(16);
     const codebook_shape shape{6, 64, 4};
-    const auto book = make_book(shape, make_weights(random, shape));
+    const auto book = make_book(shape, test::make_weights(random, shape));
     const tensor_shape tensor{20, 1, 16};
     const std::vector<float> x = test::gaussian_numbers(random, 20 * 16);
     for (const float size : {1.0F, 1e30F, 1e-30F}) {
@@ -558,7 +558,7 @@ TEST_CASE("vector_quantizer: takes policies of the user's own", "[quantize][unit
     CAPTURE(test::seed());
     test::random_source random(17);
     const codebook_shape shape{2, 16, 4};
-    const std::vector<float> weights = make_weights(random, shape);
+    const std::vector<float> weights = test::make_weights(random, shape);
     using custom_quantizer = rvqkv::vector_quantizer<custom::mean_magnitude_scale, custom::strided_pairs_grouping,
                                                      rvqkv::residual_codebook<float, 2, 16, 4>>;
     const auto quantizer =

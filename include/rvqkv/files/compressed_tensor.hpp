@@ -51,9 +51,12 @@ public:
         if (with == nullptr) {
             return error{error_code::invalid_argument, "codec is null"};
         }
-        // Bits at 16 for each code, and 64 for each scale and for padding, are more than any layout takes.
+        // No layout takes more bits than 16 for each code, 64 for each scale and some for padding; no block has more
+        // values than 64 tokens.
         std::size_t bits = 0;
-        if (heads == 0 || __builtin_mul_overflow(tokens, heads, &bits) ||
+        std::size_t values = 0;
+        if (heads == 0 || __builtin_mul_overflow(heads, 64 * with->head_dim(), &values) ||
+            __builtin_mul_overflow(tokens, heads, &bits) ||
             __builtin_mul_overflow(bits, 16 * with->groups() * with->depths() + 64, &bits) ||
             __builtin_add_overflow(bits, std::size_t{1} << 20U, &bits)) {
             return error{error_code::invalid_argument, std::to_string(tokens) + " tokens of " + std::to_string(heads) +

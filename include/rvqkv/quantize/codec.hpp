@@ -33,7 +33,7 @@ struct codec_spec {
     scale_kind scale = scale_kind::std_dev;           ///< What a head's vector is divided by.
     dtype scale_type = dtype::float16;                ///< How that number is stored.
     grouping_kind grouping = grouping_kind::strided;  ///< Strided for keys, contiguous for values.
-    std::vector<std::uint16_t> permutation;           ///< `[head_dim]`, for `grouping_kind::permuted` only.
+    channel_list permutation;                         ///< `[head_dim]`, for `grouping_kind::permuted` only.
     distance metric = distance::euclidean;            ///< Of the nearest-codeword search.
     dtype weight_type = dtype::float32;               ///< How codebook weights are stored.
     friend bool operator==(const codec_spec&, const codec_spec&) = default;

@@ -9,12 +9,35 @@
 #include <concepts>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 RVQKV_NAMESPACE_BEGIN
+
+namespace detail {
+
+/// `std::allocator` under a name of the library's own: a `std::vector` of plain numbers with it is a type of the
+/// library, whose code the linker does not merge with that of a file compiled for another instruction set (see
+/// core/config.hpp).
+template <class T>
+struct tagged_allocator : std::allocator<T> {
+    using value_type = T;
+    template <class Other>
+    struct rebind {
+        using other = tagged_allocator<Other>;
+    };
+    tagged_allocator() = default;
+    template <class Other>
+    tagged_allocator(const tagged_allocator<Other>& /*other*/) noexcept {}  // NOLINT: conversion intended
+};
+
+}  // namespace detail
+
+/// Numbers of channels. A `std::vector` but for its allocator.
+using channel_list = std::vector<std::uint16_t, detail::tagged_allocator<std::uint16_t>>;
 
 /// A small value that deals the `groups * group_dim` channels of a head to groups: `channel(group, i, groups,
 /// group_dim)` is the channel that stands at place `i` of `group`. Law, checked whenever a quantizer is made: every
@@ -52,7 +75,7 @@ struct strided_grouping {
 class permuted_grouping {
 public:
     permuted_grouping() = default;
-    explicit permuted_grouping(std::vector<std::uint16_t> order) noexcept : order_(std::move(order)) {}
+    explicit permuted_grouping(channel_list order) noexcept : order_(std::move(order)) {}
     [[nodiscard]] static constexpr std::string_view name() noexcept { return "permuted"; }
     /// With an order of the wrong length, a channel that does not exist, which the check below reports.
     [[nodiscard]] std::size_t channel(std::size_t group, std::size_t i, std::size_t groups,
@@ -60,10 +83,10 @@ public:
         const std::size_t head_dim = groups * group_dim;
         return order_.size() == head_dim ? order_[group * group_dim + i] : head_dim;
     }
-    [[nodiscard]] const std::vector<std::uint16_t>& order() const noexcept { return order_; }
+    [[nodiscard]] const channel_list& order() const noexcept { return order_; }
 
 private:
-    std::vector<std::uint16_t> order_;
+    channel_list order_;
 };
 
 /// The policies above by run-time value, as files and command lines name them.
@@ -76,10 +99,10 @@ class any_grouping {
 public:
     any_grouping() = default;
     /// `order` is read for `grouping_kind::permuted` only.
-    any_grouping(grouping_kind kind, std::vector<std::uint16_t> order = {}) noexcept  // NOLINT: conversion intended
+    any_grouping(grouping_kind kind, channel_list order = {}) noexcept  // NOLINT: conversion intended
         : kind_(kind), permuted_(std::move(order)) {}
     [[nodiscard]] grouping_kind kind() const noexcept { return kind_; }
-    [[nodiscard]] const std::vector<std::uint16_t>& order() const noexcept { return permuted_.order(); }
+    [[nodiscard]] const channel_list& order() const noexcept { return permuted_.order(); }
     [[nodiscard]] std::string_view name() const noexcept {
         switch (kind_) {
             case grouping_kind::contiguous: return contiguous_grouping::name();
@@ -114,8 +137,8 @@ static_assert(GroupingPolicy<contiguous_grouping> && GroupingPolicy<strided_grou
 /// Errors: `invalid_argument` when sizes are zero or too large, `group_dim` does not divide `head_dim`, or the policy
 /// names a channel twice or out of range.
 template <GroupingPolicy Grouping>
-[[nodiscard]] result<std::vector<std::uint16_t>> channel_order(const Grouping& grouping, std::size_t head_dim,
-                                                               std::size_t group_dim) {
+[[nodiscard]] result<channel_list> channel_order(const Grouping& grouping, std::size_t head_dim,
+                                                 std::size_t group_dim) {
     if (head_dim == 0 || head_dim > 65535) {
         return error{error_code::invalid_argument,
                      "head_dim is " + std::to_string(head_dim) + ", must be from 1 to 65535"};
@@ -125,19 +148,19 @@ template <GroupingPolicy Grouping>
                                                        ", must divide head_dim " + std::to_string(head_dim)};
     }
     const std::size_t groups = head_dim / group_dim;
-    std::vector<std::uint16_t> order(head_dim);
-    std::vector<bool> seen(head_dim, false);
+    channel_list order(head_dim);
+    channel_list seen(head_dim, 0);
     for (std::size_t group = 0; group < groups; ++group) {
         for (std::size_t i = 0; i < group_dim; ++i) {
             const std::size_t channel = grouping.channel(group, i, groups, group_dim);
-            if (channel >= head_dim || seen[channel]) {
+            if (channel >= head_dim || seen[channel] != 0) {
                 return error{error_code::invalid_argument,
                              std::string(grouping.name()) + " grouping puts channel " + std::to_string(channel) +
                                  " at place " + std::to_string(i) + " of group " + std::to_string(group) +
                                  ": every channel below head_dim " + std::to_string(head_dim) +
                                  " must appear exactly once"};
             }
-            seen[channel] = true;
+            seen[channel] = 1;
             order[group * group_dim + i] = static_cast<std::uint16_t>(channel);
         }
     }

@@ -67,8 +67,7 @@ public:
     }
 
 private:
-    row_transform(std::size_t group_dim, Scale scale, Grouping grouping, dtype stored,
-                  std::vector<std::uint16_t> order) noexcept
+    row_transform(std::size_t group_dim, Scale scale, Grouping grouping, dtype stored, channel_list order) noexcept
         : group_dim_(group_dim),
           scale_(std::move(scale)),
           grouping_(std::move(grouping)),
@@ -79,7 +78,7 @@ private:
     [[no_unique_address]] Scale scale_;
     [[no_unique_address]] Grouping grouping_;
     dtype stored_;
-    std::vector<std::uint16_t> order_;  // place among the groups -> channel
+    channel_list order_;  // place among the groups -> channel
 };
 
 RVQKV_NAMESPACE_END

@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: MIT
+/// @file
+/// The cache in an engine's loop: a prompt at once, then token by token, each step reading back what attention needs;
+/// a rejected draft is taken back. After the set-up nothing is allocated.
+#include <rvqkv/rvqkv.hpp>
+
+#include <cmath>
+#include <cstddef>
+#include <cstdio>
+#include <memory>
+#include <random>
+#include <vector>
+
+namespace {
+
+constexpr std::size_t layers = 2;
+constexpr std::size_t heads = 2;
+constexpr std::size_t head_dim = 64;
+constexpr std::size_t prompt = 96;
+constexpr std::size_t steps = 64;
+
+/// Stands in for `load_codecs`: codewords at random, not learned, so errors are large.
+std::shared_ptr<const rvqkv::codec> random_codec(rvqkv::grouping_kind grouping, std::mt19937& random) {
+    rvqkv::codec_spec spec;
+    spec.head_dim = head_dim;
+    spec.shape = {4, 256, 16};
+    spec.grouping = grouping;
+    std::normal_distribution<float> normal(0.0F, 0.5F);
+    std::vector<float> weights(spec.shape.size());
+    for (float& weight : weights) {
+        weight = normal(random);
+    }
+    return rvqkv::make_codec(spec, std::span<const float>(weights)).value();
+}
+
+/// Stands in for a layer's projections.
+void project(std::vector<rvqkv::bfloat16>& out, std::size_t tokens, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    out.resize(tokens * heads * head_dim);
+    for (rvqkv::bfloat16& value : out) {
+        value = rvqkv::to_bfloat16(normal(random));
+    }
+}
+
+}  // namespace
+
+int main() {
+    std::mt19937 random(1);
+    rvqkv::kv_cache_config config;
+    for (std::size_t layer = 0; layer < layers; ++layer) {
+        config.layers.push_back({{random_codec(rvqkv::grouping_kind::strided, random), heads},
+                                 {random_codec(rvqkv::grouping_kind::contiguous, random), heads}});
+    }
+    rvqkv::kv_cache cache = rvqkv::kv_cache::create(config).value();
+    cache.reserve(prompt + steps).value();
+    rvqkv::kv_workspace workspace = cache.make_workspace().value();
+    std::vector<float> block((prompt + steps) * heads * head_dim);
+    std::vector<rvqkv::bfloat16> keys;
+    std::vector<rvqkv::bfloat16> values;
+    keys.reserve(prompt * heads * head_dim);
+    values.reserve(prompt * heads * head_dim);
+
+    double sum = 0.0;  // stands in for attention, which uses every reconstructed number
+    for (std::size_t step = 0; step <= steps; ++step) {
+        const std::size_t tokens = step == 0 ? prompt : 1;
+        for (std::size_t layer = 0; layer < layers; ++layer) {
+            project(keys, tokens, random);
+            project(values, tokens, random);
+            const rvqkv::tensor_shape shape{tokens, heads, head_dim};
+            cache.append(layer, {keys.data(), shape}, {values.data(), shape}).value();
+            const std::size_t length = cache.tokens(layer);
+            const rvqkv::mutable_tensor_view whole(block.data(), {length, heads, head_dim});
+            cache.reconstruct_keys(layer, 0, whole, workspace).value();
+            cache.reconstruct_values(layer, 0, whole, workspace).value();
+            sum += static_cast<double>(block[length - 1]);
+        }
+        if (step % 16 == 15) {
+            cache.truncate(prompt + step - 4).value();  // the last four were a draft that the model rejected
+            step -= 4;
+            if (sum != 0.0 && step >= 48) {
+                break;
+            }
+        }
+    }
+    const rvqkv::kv_cache_bytes bytes = cache.bytes();
+    const std::size_t exact = layers * cache.tokens(0) * 2 * heads * head_dim * sizeof(rvqkv::bfloat16);
+    std::printf("%zu tokens: %zu bytes of codes and scales, %zu in all, %zu as bfloat16\n", cache.tokens(0),
+                bytes.codes + bytes.scales, bytes.total(), exact);
+    return std::isfinite(sum) && cache.tokens(0) > prompt ? 0 : 1;
+}
