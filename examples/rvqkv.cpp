@@ -12,6 +12,10 @@
 #include <exception>
 #include <new>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace cli {
 
 void add_tensor_options(CLI::App& command, tensor_options& options) {
@@ -30,6 +34,9 @@ void add_tensor_options(CLI::App& command, tensor_options& options) {
 }  // namespace cli
 
 int main(int argc, char** argv) {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 128 * 1024);  // what is freed goes back to the system, so peaks do not add up
+#endif
     CLI::App app("Residual vector quantization of LLM key/value caches (arXiv 2410.15704).", "rvqkv");
     app.set_version_flag("--version", "rvqkv " RVQKV_VERSION_STRING);
     app.require_subcommand(1);

@@ -60,11 +60,11 @@ struct token_span {
     return {tokens * 4 / 5, tokens};
 }
 
-/// Calls `body(first, count)` for pieces of a span that hold about a million numbers each, so that memory does not grow
+/// Calls `body(first, count)` for pieces of a span that hold half a million numbers each, so that memory does not grow
 /// with the file.
 template <class Body>
 void for_each_piece(token_span tokens, std::size_t values_per_token, const Body& body) {
-    constexpr std::size_t values = std::size_t{1} << 20U;
+    constexpr std::size_t values = std::size_t{1} << 19U;
     const std::size_t most = values_per_token == 0 || values_per_token > values ? 1 : values / values_per_token;
     for (std::size_t first = tokens.first; first < tokens.last; first += most) {
         body(first, tokens.last - first < most ? tokens.last - first : most);

@@ -34,10 +34,11 @@ void* allocate(std::size_t size, std::size_t alignment) noexcept {
         }
         --state.until_failure;
     }
-    const std::size_t header = header_bytes(alignment);
-    if (size > never / 2) {
+    constexpr std::size_t most = std::size_t{1} << 38U;  // more than any machine has; sanitizers would end the program
+    if (size > most) {
         return nullptr;
     }
+    const std::size_t header = header_bytes(alignment);
     void* start = nullptr;
     if (::posix_memalign(&start, header, header + size) != 0) {
         return nullptr;
