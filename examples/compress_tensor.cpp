@@ -7,7 +7,7 @@
 #include <cstdio>
 #include <vector>
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv) {  // NOLINT(bugprone-exception-escape): what fails ends it, with a message
     const rvqkv::codec_set file = rvqkv::load_codecs(argc > 1 ? argv[1] : "model.codecs").value();
     const rvqkv::layer_codecs& codecs = file.layers.begin()->second;  // of the first layer
     const std::size_t tokens = 512, heads = 3, head_dim = codecs.key->head_dim();

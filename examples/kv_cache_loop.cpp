@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdio>
+#include <exception>
 #include <memory>
 #include <random>
 #include <vector>
@@ -44,7 +45,7 @@ void project(std::vector<rvqkv::bfloat16>& out, std::size_t tokens, std::mt19937
 
 }  // namespace
 
-int main() {
+int main() try {
     std::mt19937 random(1);
     rvqkv::kv_cache_config config;
     for (std::size_t layer = 0; layer < layers; ++layer) {
@@ -87,4 +88,7 @@ int main() {
     std::printf("%zu tokens: %zu bytes of codes and scales, %zu in all, %zu as bfloat16\n", cache.tokens(0),
                 bytes.codes + bytes.scales, bytes.total(), exact);
     return std::isfinite(sum) && cache.tokens(0) > prompt ? 0 : 1;
+} catch (const std::exception& failure) {
+    std::fprintf(stderr, "kv_cache_loop: %s\n", failure.what());
+    return 1;
 }

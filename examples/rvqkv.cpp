@@ -33,11 +33,13 @@ void add_tensor_options(CLI::App& command, tensor_options& options) {
 
 }  // namespace cli
 
-int main(int argc, char** argv) {
-#ifdef __GLIBC__
-    mallopt(M_MMAP_THRESHOLD, 128 * 1024);  // what is freed goes back to the system, so peaks do not add up
-#endif
-    CLI::App app("Residual vector quantization of LLM key/value caches (arXiv 2410.15704).", "rvqkv");
+namespace {
+
+void complain(const char* text) {
+    std::fprintf(stderr, "rvqkv: error: %s\n", text);
+}
+
+void describe(CLI::App& app) {
     app.set_version_flag("--version", "rvqkv " RVQKV_VERSION_STRING);
     app.require_subcommand(1);
     app.get_formatter()->column_width(34);
@@ -58,17 +60,31 @@ int main(int argc, char** argv) {
         "  rvqkv evaluate kv.safetensors -c model.codecs@8,6,4\n"
         "  rvqkv compress kv.safetensors -c model.codecs -o kv.rvq\n"
         "  rvqkv reconstruct kv.rvq -c model.codecs -o back.safetensors");
-    const auto complain = [](const char* text) { std::fprintf(stderr, "rvqkv: error: %s\n", text); };
+}
+
+int run(int argc, char** argv) {
+    CLI::App app("Residual vector quantization of LLM key/value caches (arXiv 2410.15704).", "rvqkv");
+    describe(app);
     try {
         app.parse(argc, argv);
-        if (std::fflush(stdout) != 0) {
-            complain("cannot write the results to stdout");
-            return cli::failed;
-        }
-        return cli::done;
     } catch (const CLI::ParseError& error) {
-        const int code = app.exit(error);  // prints help, version or what is wrong
-        return code == 0 ? cli::done : cli::misused;
+        return app.exit(error) == 0 ? cli::done : cli::misused;  // prints help, version or what is wrong
+    }
+    if (std::fflush(stdout) != 0) {
+        complain("cannot write the results to stdout");
+        return cli::failed;
+    }
+    return cli::done;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 128 * 1024);  // what is freed goes back to the system, so peaks do not add up
+#endif
+    try {
+        return run(argc, argv);
     } catch (const cli::usage_error& error) {
         complain(error.what());
         return cli::misused;

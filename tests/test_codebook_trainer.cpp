@@ -109,7 +109,8 @@ TEST_CASE("codebook_trainer: the sample is bounded and drawn from everything obs
     for (int call = 0; call < 10; ++call) {
         std::vector<float> x(1000 * 4);
         for (std::size_t i = 0; i < x.size(); ++i) {
-            x[i] = static_cast<float>(call * 1000) + static_cast<float>(i / 4);
+            const std::size_t vector = i / 4;
+            x[i] = static_cast<float>(call * 1000) + static_cast<float>(vector);
         }
         trainer.observe({x.data(), {1000, 1, 4}}).value();
     }

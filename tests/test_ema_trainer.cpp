@@ -102,9 +102,9 @@ TEST_CASE("ema_trainer: the same state at any number of threads, and after a bre
     CAPTURE(test::seed());
     test::random_source random(23);
     const std::vector<float> weights = test::gaussian_numbers(random, shape.size());
-    std::vector<std::vector<float>> batches;
-    for (int i = 0; i < 4; ++i) {
-        batches.push_back(test::gaussian_numbers(random, 5000 * shape.dim));
+    std::vector<std::vector<float>> batches(4);
+    for (std::vector<float>& batch : batches) {
+        batch = test::gaussian_numbers(random, 5000 * shape.dim);
     }
     const auto train = [&](std::size_t threads, bool with_break) {
         const rvqkv::thread_pool pool(threads);

@@ -62,7 +62,7 @@ struct outcome {
 };
 
 /// One line of the table.
-struct row {
+struct row {  // NOLINT(bugprone-exception-escape): of json, whose moves do not throw
     std::string setting;
     json facts;
     std::vector<outcome> layers;
@@ -212,7 +212,7 @@ public:
                 result.compress_seconds = compress_seconds;
                 result.reconstruct_seconds = reconstruct_seconds;
                 compare(exact, key, value, result);
-                found.layers.push_back(std::move(result));
+                found.layers.push_back(result);
             }
             rows.push_back(std::move(found));
         }
@@ -238,7 +238,7 @@ public:
                     static_cast<std::size_t>(how.bits_per_value() * static_cast<double>(tensor.values.size()) / 8.0);
             }
             compare(exact, back[0], back[1], result);
-            found.layers.push_back(std::move(result));
+            found.layers.push_back(result);
         }
         rows.push_back(std::move(found));
         progress_.clear();

@@ -9,6 +9,7 @@
 
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <iostream>
 #include <nlohmann/json.hpp>
 #include <string>
@@ -53,7 +54,7 @@ int check_round_trip(char** arguments) {
 
 }  // namespace
 
-int main(int argc, char** argv) {
+int main(int argc, char** argv) try {
     const std::string_view command = argc > 1 ? argv[1] : "";
     if (command == "json" && argc == 2) {
         return nlohmann::json::accept(std::cin) ? 0 : 1;
@@ -63,4 +64,7 @@ int main(int argc, char** argv) {
     }
     std::fputs("usage: check json | check round_trip TENSORS CODECS FIRST BACK\n", stderr);
     return 2;
+} catch (const std::exception& failure) {
+    std::fprintf(stderr, "check: %s\n", failure.what());
+    return 1;
 }
