@@ -12,10 +12,6 @@
 #include <exception>
 #include <new>
 
-#ifdef __GLIBC__
-#include <malloc.h>
-#endif
-
 namespace cli {
 
 void add_tensor_options(CLI::App& command, tensor_options& options) {
@@ -80,9 +76,6 @@ int run(int argc, char** argv) {
 }  // namespace
 
 int main(int argc, char** argv) {
-#ifdef __GLIBC__
-    mallopt(M_MMAP_THRESHOLD, 128 * 1024);  // what is freed goes back to the system, so peaks do not add up
-#endif
     try {
         return run(argc, argv);
     } catch (const cli::usage_error& error) {

@@ -20,6 +20,10 @@
 #include <optional>
 #include <utility>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace cli {
 namespace {
 
@@ -451,6 +455,9 @@ void add_train(CLI::App& app) {
         "  rvqkv train keys.npy values.npy --heads 8 -o layer.codecs --codewords 256 --depths 6\n"
         "  rvqkv train kv.safetensors -o model.codecs --ema-steps 200 --state training.state");
     command->callback([given] {
+#ifdef __GLIBC__
+        mallopt(M_MMAP_THRESHOLD, 128 * 1024);  // what is freed goes back to the system, so peaks do not add up
+#endif
         std::vector<std::string> inputs = given->tensors.paths;
         check_output(given->output, inputs);
         if (!given->state.empty()) {
