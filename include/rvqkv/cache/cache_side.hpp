@@ -25,8 +25,8 @@ struct kv_side_config {
     std::size_t heads = 0;  ///< KV heads, not query heads.
 };
 
-/// Scratch memory of one writer or reader: one block of tokens (those of 65536 numbers, or one token if it has more),
-/// however many tokens a call asks for. Threads: one per thread.
+/// Scratch memory of one writer or reader: one block of tokens (those of `block_values` numbers, or one token if it has
+/// more), however many tokens a call asks for. Threads: one per thread.
 struct kv_workspace {
     quantizer_workspace quantizer;
     aligned_buffer<code_t> codes;  ///< `[depth, token, head, group]`
@@ -35,9 +35,6 @@ struct kv_workspace {
 };
 
 namespace detail {
-
-/// Numbers that are encoded or decoded together; what `vector_quantizer` takes at a time, too.
-inline constexpr std::size_t block_values = 65536;
 
 class cache_side {
 public:
@@ -75,7 +72,7 @@ public:
     [[nodiscard]] status reserve(kv_workspace& workspace, std::size_t tokens) const {
         const codec& codec = *config_.codec;
         const std::size_t rows = std::min(tokens, block_tokens_) * config_.heads;
-        if (status grown = workspace.quantizer.floats.reserve((1 + rows) * codec.head_dim()); !grown) {
+        if (status grown = workspace.quantizer.reserve(rows, codec.head_dim()); !grown) {
             return grown;
         }
         if (status grown = workspace.codes.reserve(rows * codec.groups() * codec.depths()); !grown) {
@@ -100,7 +97,7 @@ public:
                 !encoded) {
                 return encoded;
             }
-            add(report, found, done);
+            report.add(found, done);
             for_each_page(first + done, count, [&](std::size_t i, std::size_t within, piece part) {
                 const mutable_encoded_view from = slice(block, part.first);
                 layout_.store(page(i), within, part.count, {from.codes, from.strides, from.scales});
@@ -130,16 +127,6 @@ public:
             }
         }
         return {};
-    }
-
-    /// Adds what was found in tokens `offset` and on to a report of all tokens.
-    static void add(encode_report& report, const encode_report& found, std::size_t offset) noexcept {
-        if (report.nonfinite_rows == 0 && found.nonfinite_rows != 0) {
-            report.first_token = offset + found.first_token;
-            report.first_head = found.first_head;
-        }
-        report.nonfinite_values += found.nonfinite_values;
-        report.nonfinite_rows += found.nonfinite_rows;
     }
 
 private:

@@ -209,8 +209,8 @@ public:
         record.pages.adopt(std::move(growth));
         record.tokens += tokens;
         if (report != nullptr) {
-            detail::cache_side::add(report->keys, found.keys, 0);
-            detail::cache_side::add(report->values, found.values, 0);
+            report->keys.add(found.keys);
+            report->values.add(found.values);
         }
         return {};
     }

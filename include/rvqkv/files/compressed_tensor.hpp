@@ -122,13 +122,8 @@ public:
                 return status{};
             });
         for (const encode_report& found : reports) {
-            if (report != nullptr && found.nonfinite_rows != 0) {
-                if (report->nonfinite_rows == 0) {
-                    report->first_token = found.first_token;
-                    report->first_head = found.first_head;
-                }
-                report->nonfinite_rows += found.nonfinite_rows;
-                report->nonfinite_values += found.nonfinite_values;
+            if (report != nullptr) {
+                report->add(found);
             }
         }
         return done;
@@ -190,8 +185,7 @@ private:
     // Tokens are handled in blocks that begin at multiples of 64, counted from the tensor's first: there all codes
     // begin with a whole byte, whatever their width, so that no two threads write to one.
     [[nodiscard]] std::size_t block_tokens() const noexcept {
-        constexpr std::size_t values = 65536;
-        return 64 * std::max<std::size_t>(1, values / (64 * heads_ * codec_->head_dim()));
+        return 64 * std::max<std::size_t>(1, block_values / (64 * heads_ * codec_->head_dim()));
     }
     [[nodiscard]] std::size_t blocks(std::size_t first_token, std::size_t tokens) const noexcept {
         return tokens == 0 ? 0 : (first_token + tokens - 1) / block_tokens() - first_token / block_tokens() + 1;

@@ -24,18 +24,36 @@
 
 RVQKV_NAMESPACE_BEGIN
 
+/// Numbers that are encoded or decoded together: 256 KiB in float32, small beside a codebook in the L2 cache.
+inline constexpr std::size_t block_values = 65536;
+
 /// What encoding found in its input besides numbers. Reports add up over calls.
 struct encode_report {
     std::size_t nonfinite_values = 0;  ///< NaNs and infinities, each encoded as 0.
     std::size_t nonfinite_rows = 0;    ///< Head vectors that held at least one.
     std::size_t first_token = 0;       ///< Where the first of them was (if any), counted from the call's first token.
     std::size_t first_head = 0;        ///< Its head.
+
+    /// Adds what a later call found in tokens `offset` and on.
+    void add(const encode_report& found, std::size_t offset = 0) noexcept {
+        if (nonfinite_rows == 0 && found.nonfinite_rows != 0) {
+            first_token = offset + found.first_token;
+            first_head = found.first_head;
+        }
+        nonfinite_values += found.nonfinite_values;
+        nonfinite_rows += found.nonfinite_rows;
+    }
 };
 
 /// Scratch memory of encode and decode, reused from call to call. Threads: one per thread.
 struct quantizer_workspace {
     aligned_buffer<float> floats;
     [[nodiscard]] std::size_t bytes() const noexcept { return floats.bytes(); }
+    /// Makes room for what a `vector_quantizer` needs for `rows` head vectors at a time: they, and one more.
+    /// Errors: `out_of_memory`, and it is as it was.
+    [[nodiscard]] status reserve(std::size_t rows, std::size_t head_dim) {
+        return floats.reserve((1 + rows) * head_dim);
+    }
 };
 
 /// Codes and scales of some head vectors ("rows", token-major: `token * heads + head`).
@@ -110,11 +128,7 @@ public:
                     out.scales[first + i] = scale;
                 }
                 if (nonfinite != 0 && report != nullptr) {
-                    if (report->nonfinite_rows++ == 0) {
-                        report->first_token = token;
-                        report->first_head = head;
-                    }
-                    report->nonfinite_values += nonfinite;
+                    report->add({nonfinite, 1, token, head});
                 }
             }
             quantizer_.encode({grouped, count * groups(), codebook().dim()},
@@ -163,8 +177,10 @@ private:
     vector_quantizer(transform_type transform, Book book) noexcept
         : transform_(std::move(transform)), quantizer_(std::move(book)) {}
 
-    /// Rows that are encoded together: 256 KiB of residuals, small beside a codebook in the L2 cache.
-    [[nodiscard]] std::size_t chunk_rows() const noexcept { return std::max<std::size_t>(1, 65536 / head_dim()); }
+    /// Rows that are encoded together.
+    [[nodiscard]] std::size_t chunk_rows() const noexcept {
+        return std::max<std::size_t>(1, block_values / head_dim());
+    }
 
     status check(std::size_t channels, const char* what, std::size_t rows, quantizer_workspace& workspace) const {
         if (channels != head_dim()) {
@@ -172,7 +188,7 @@ private:
                                                            " channels per head, this quantizer was made for head_dim " +
                                                            std::to_string(head_dim())};
         }
-        return workspace.floats.reserve((1 + std::min(rows, chunk_rows())) * head_dim());
+        return workspace.reserve(std::min(rows, chunk_rows()), head_dim());
     }
 
     transform_type transform_;
