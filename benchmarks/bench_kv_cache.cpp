@@ -2,6 +2,7 @@
 /// @file
 /// The cache as a decode loop meets it: one layer of Llama-3-8B's shape, 8 KV heads of 128 channels.
 #include "rvqkv/cache/kv_cache.hpp"
+#include "support/counters.hpp"
 #include "support/data.hpp"
 
 #include <benchmark/benchmark.h>
@@ -20,7 +21,7 @@ std::shared_ptr<const rvqkv::codec> make_codec(const rvqkv::codebook_shape& shap
     spec.head_dim = head_dim;
     spec.shape = shape;
     spec.grouping = grouping;
-    return rvqkv::make_codec(spec, bench::codebook(shape).weights()).value();
+    return rvqkv::make_codec(spec, bench::weights(shape).span()).value();
 }
 
 rvqkv::kv_cache make_cache(const rvqkv::codebook_shape& shape) {
@@ -30,26 +31,31 @@ rvqkv::kv_cache make_cache(const rvqkv::codebook_shape& shape) {
     return rvqkv::kv_cache::create(config).value();
 }
 
-void set_tokens(benchmark::State& state, std::size_t tokens) {
-    state.counters["tokens"] = benchmark::Counter(static_cast<double>(tokens) * static_cast<double>(state.iterations()),
-                                                  benchmark::Counter::kIsRate);
+/// Keys or values of so many tokens, from the vectors that all benchmarks share.
+rvqkv::aligned_buffer<float> tensor(std::size_t tokens) {
+    const auto& vectors = bench::held_out_vectors(bench::paper.dim);
+    rvqkv::aligned_buffer<float> numbers(tokens * heads * head_dim);
+    for (std::size_t i = 0; i < numbers.size(); ++i) {
+        numbers[i] = vectors[i % vectors.size()];
+    }
+    return numbers;
 }
 
 void append(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t tokens) {
     rvqkv::kv_cache cache = make_cache(shape);
     cache.reserve(tokens).value();
-    const auto keys = bench::gaussian(tokens * heads * head_dim, 4);
-    const auto values = bench::gaussian(tokens * heads * head_dim, 5);
+    const auto keys = tensor(tokens);
+    const auto values = tensor(tokens);
     for (auto _ : state) {
         cache.append(0, {keys.data(), {tokens, heads, head_dim}}, {values.data(), {tokens, heads, head_dim}}).value();
         cache.clear();
     }
-    set_tokens(state, tokens);
+    bench::set_tokens(state, tokens);
 }
 
 void reconstruct(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t tokens) {
     rvqkv::kv_cache cache = make_cache(shape);
-    const auto keys = bench::gaussian(tokens * heads * head_dim, 4);
+    const auto keys = tensor(tokens);
     cache.append(0, {keys.data(), {tokens, heads, head_dim}}, {keys.data(), {tokens, heads, head_dim}}).value();
     rvqkv::aligned_buffer<float> out(tokens * heads * head_dim);
     auto workspace = cache.make_workspace().value();
@@ -57,13 +63,11 @@ void reconstruct(benchmark::State& state, const rvqkv::codebook_shape& shape, st
         cache.reconstruct_keys(0, 0, {out.data(), {tokens, heads, head_dim}}, workspace).value();
         benchmark::ClobberMemory();
     }
-    set_tokens(state, tokens);
-    state.SetBytesProcessed(state.iterations() * static_cast<std::int64_t>(out.bytes()));
+    bench::set_tokens(state, tokens);
 }
 
 const bool registered = [] {
-    for (const rvqkv::codebook_shape& shape :
-         {rvqkv::codebook_shape{8, 2048, 32}, rvqkv::codebook_shape{10, 256, 32}}) {
+    for (const rvqkv::codebook_shape& shape : {bench::paper, bench::light}) {
         const std::string label = "/depths:" + std::to_string(shape.depths) +
                                   "/codewords:" + std::to_string(shape.codewords) + "/dim:32/tokens:";
         benchmark::RegisterBenchmark(("cache_append" + label + "1").c_str(), append, shape, std::size_t{1});

@@ -1,92 +1,120 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// The search at every level beside Eigen and the machine's multiply-add ceiling. Rates are floating-point operations:
-/// two for each multiply-add.
-#include "eigen_rival.hpp"
+/// The search in one codebook. `search_f32`: every float32 kernel, beside matrix products. `search_exact`: the kernels
+/// that find the same codes with less than float32 arithmetic, in the units of the float32 work they save.
+#include "product_rivals.hpp"
 #include "rvqkv/quantize/nearest_codeword.hpp"
-#include "rvqkv/simd/convert.hpp"
+#include "rvqkv/quantize/residual_quantizer.hpp"
+#include "support/counters.hpp"
 #include "support/data.hpp"
-#include "support/fma_peak.hpp"
 
 #include <benchmark/benchmark.h>
+#include <algorithm>
 #include <cstddef>
 #include <string>
 #include <vector>
 
 namespace {
 
-struct search_shape {
-    std::size_t codewords;
-    std::size_t dim;
-    std::size_t rows;
-    [[nodiscard]] std::string label() const {
-        return "codewords:" + std::to_string(codewords) + "/dim:" + std::to_string(dim) +
-               "/rows:" + std::to_string(rows);
-    }
-    [[nodiscard]] double flops() const { return 2.0 * static_cast<double>(codewords * dim * rows); }
-};
-
-constexpr search_shape shapes[] = {{2048, 32, 32}, {2048, 32, 1024}, {256, 32, 1024}, {256, 8, 1024}, {16, 4, 1024}};
-
-void set_rate(benchmark::State& state, double flops) {
-    state.counters["flops"] =
-        benchmark::Counter(flops * static_cast<double>(state.iterations()), benchmark::Counter::kIsRate);
+double flops(const rvqkv::codebook_shape& shape, std::size_t rows) {
+    return 2.0 * static_cast<double>(shape.codewords * shape.dim * rows);
 }
 
-void search(benchmark::State& state, const search_shape& shape, const rvqkv::kernel_table& kernels) {
-    const auto book = bench::codebook({1, shape.codewords, shape.dim});
-    const auto x = bench::gaussian(shape.rows * shape.dim, 2);
-    std::vector<rvqkv::code_t> codes(shape.rows);
+/// Vectors as the codebook of `depth` meets them: what the depths before it left.
+rvqkv::aligned_buffer<float> inputs(const rvqkv::codebook_shape& shape, std::size_t rows, std::size_t depth) {
+    rvqkv::aligned_buffer<float> x(rows * shape.dim);
+    std::copy_n(bench::held_out_vectors(shape.dim).data(), x.size(), x.data());
+    const rvqkv::residual_quantizer quantizer(bench::codebooks(shape)[0]);
+    std::vector<rvqkv::code_t> codes(rows);
+    for (std::size_t before = 0; before < depth; ++before) {
+        quantizer.encode_depth(before, {x.data(), rows, shape.dim}, codes);
+    }
+    return x;
+}
+
+void search(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t rows, std::size_t depth,
+            const rvqkv::kernel_table& kernels) {
+    const rvqkv::packed_codebook book = bench::codebooks(shape)[0].packed(depth);
+    const auto x = inputs(shape, rows, depth);
+    std::vector<rvqkv::code_t> codes(rows);
     for (auto _ : state) {
-        rvqkv::nearest_codeword({x.data(), shape.rows, shape.dim}, book.packed(0), codes, {}, kernels);
+        rvqkv::nearest_codeword({x.data(), rows, shape.dim}, book, codes, {}, kernels);
         benchmark::DoNotOptimize(codes.data());
         benchmark::ClobberMemory();
     }
-    set_rate(state, shape.flops());
+    bench::set_flops(state, flops(shape, rows));
 }
 
-void search_eigen(benchmark::State& state, const search_shape& shape) {
-    const auto book = bench::codebook({1, shape.codewords, shape.dim});
-    const auto x = bench::gaussian(shape.rows * shape.dim, 2);
-    rvqkv::aligned_buffer<float> scores(shape.rows * shape.codewords);
-    std::vector<rvqkv::code_t> codes(shape.rows);
+void search_product(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t rows,
+                    bench::product product) {
+    const auto& book = bench::codebooks(shape)[0];
+    const auto x = inputs(shape, rows, 0);
+    rvqkv::aligned_buffer<float> scores(bench::scratch_of(shape.codewords));
+    std::vector<rvqkv::code_t> codes(rows);
     for (auto _ : state) {
-        bench::eigen_nearest(x.data(), shape.rows, book.weights(0).data(), book.packed(0).offsets, shape.codewords,
-                             shape.dim, scores.data(), codes.data());
+        bench::product_nearest(product, x.data(), rows, book.weights(0).data(), book.packed(0).offsets, shape.codewords,
+                               shape.dim, scores.data(), codes.data());
         benchmark::DoNotOptimize(codes.data());
         benchmark::ClobberMemory();
     }
-    set_rate(state, shape.flops());
+    bench::set_flops(state, flops(shape, rows));
+    std::vector<rvqkv::code_t> ours(rows);
+    rvqkv::nearest_codeword({x.data(), rows, shape.dim}, book.packed(0), ours);
+    if (!bench::agree(ours, codes)) {
+        state.SkipWithError("finds other codewords than we do");
+    }
 }
 
-void fma_peak(benchmark::State& state, bench::fma_loop loop) {
-    double done = 0.0;
-    for (auto _ : state) {
-        done += loop(100000);
-    }
-    state.counters["flops"] = benchmark::Counter(2.0 * done, benchmark::Counter::kIsRate);
+void add(const std::string& name, const rvqkv::codebook_shape& shape, std::size_t rows, std::size_t depth,
+         const rvqkv::kernel_table& kernels) {
+    benchmark::RegisterBenchmark(
+        (name + "/" + bench::level_label(kernels.level) + "/" + bench::label(shape, rows, false) +
+         (depth == 0 ? std::string() : "/depth:" + std::to_string(depth)))
+            .c_str(),
+        search, shape, rows, depth, kernels);
 }
 
 const bool registered = [] {
+    std::vector<std::pair<rvqkv::codebook_shape, std::size_t>> cases = {
+        {bench::paper, 32}, {bench::paper, 1024}, {bench::light, 1024}};
+    for (const rvqkv::codebook_shape& shape : bench::small_shapes) {
+        cases.emplace_back(shape, 1024);
+    }
+    bool has_exact = false;
     for (const rvqkv::simd_level level : rvqkv::all_simd_levels) {
-        const auto kernels = rvqkv::kernels_for(level);
-        if (!kernels) {
+        const auto found = rvqkv::kernels_for(level);
+        if (!found) {
             continue;
         }
-        const std::string name(rvqkv::name_of(level));
-        if (const bench::fma_loop loop = bench::fma_loop_of(level); loop != nullptr) {
-            benchmark::RegisterBenchmark(("fma_peak/level:" + name).c_str(), fma_peak, loop);
-        }
-        for (const search_shape& shape : shapes) {
-            if (level == rvqkv::simd_level::generic && shape.rows * shape.codewords > 100000) {
-                continue;  // minutes, and nobody runs it for speed
+        const rvqkv::kernel_table& kernels = *found.value();
+        const bool is_float32 = level == rvqkv::simd_level::generic || level == rvqkv::simd_level::neon ||
+                                level == rvqkv::simd_level::avx2 || level == rvqkv::simd_level::avx512;
+        if (!is_float32) {
+            has_exact = true;
+            for (const std::size_t rows : {std::size_t{32}, std::size_t{1024}}) {
+                for (const std::size_t depth : {std::size_t{0}, std::size_t{4}}) {
+                    add("search_exact", bench::paper, rows, depth, kernels);
+                }
             }
-            benchmark::RegisterBenchmark(("search_f32/level:" + name + "/" + shape.label()).c_str(), search, shape,
-                                         *kernels.value());
+            continue;
+        }
+        for (const auto& [shape, rows] : cases) {
+            if (level == rvqkv::simd_level::generic && shape.codewords * rows > 100000) {
+                continue;  // seconds, and nobody runs it for speed
+            }
+            add("search_f32", shape, rows, 0, kernels);
         }
     }
-    for (const search_shape& shape : shapes) {
-        benchmark::RegisterBenchmark(("search_f32/rival:eigen/" + shape.label()).c_str(), search_eigen, shape);
+    if (!has_exact) {  // a machine without such instructions: what the library takes instead
+        add("search_exact", bench::paper, 32, 0, rvqkv::best_kernels());
+        add("search_exact", bench::paper, 1024, 0, rvqkv::best_kernels());
+    }
+    for (const bench::product& product : bench::products()) {
+        for (const auto& [shape, rows] : cases) {
+            benchmark::RegisterBenchmark(
+                ("search_f32/rival:" + std::string(product.name) + "/" + bench::label(shape, rows, false)).c_str(),
+                search_product, shape, rows, product);
+        }
     }
     return true;
 }();

@@ -1,98 +1,216 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: MIT
-"""Merges the raw results of benchmarks/run.sh into report.json and report.md."""
+"""Makes report.json, report.md and two plots of the raw results that measure.py wrote."""
 
+import argparse
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 
-COUNTERS = (("flops", "flop/s"), ("vectors", "vectors/s"), ("tokens", "tokens/s"), ("bytes_per_second", "B/s"))
+import plots
+from shapes import sizes_of
+from targets import target_rows
+
+CEILINGS = ("fma_peak", "memory_read")
+LEVELS = ("generic", "neon", "avx2", "avx512")
 
 
-def read_benchmark(path):
-    """One row for each benchmark: its name, options and the median over the repetitions."""
-    data = json.loads(path.read_text(encoding="utf-8"))
-    medians, spreads = {}, {}
-    for entry in data["benchmarks"]:
-        if entry.get("aggregate_name") == "median":
-            medians[entry["run_name"]] = entry
-        elif entry.get("aggregate_name") == "cv":
-            spreads[entry["run_name"]] = entry
-    rows = []
-    for name, entry in medians.items():
-        parts = [part for part in name.split("/") if part != "real_time"]
-        options = dict(part.split(":", 1) for part in parts[1:] if ":" in part)
-        key, unit = next((k, u) for k, u in COUNTERS if k in entry)
-        special = {"level", "threads", "rival"}
-        rows.append({
-            "name": parts[0],
-            "shape": "/".join(p for p in parts[1:] if p.split(":")[0] not in special),
-            "level": options.get("level", data["context"].get("rvqkv_simd", "")),
-            "threads": int(options.get("threads", 1)),
-            "value": entry[key],
-            "unit": unit,
-            "peak": None,
-            "fraction_of_peak": None,
-            "rival": options.get("rival"),
-            "ratio": None,
-            "rounds": entry["repetitions"],
-            "spread": spreads.get(name, {}).get(key),
-        })
-    return rows, data["context"]
+def level_order(level: str) -> tuple[int, str]:
+    """Later levels of the library are better ones; those not known here are newer than those that are."""
+    return (LEVELS.index(level) if level in LEVELS else len(LEVELS), level)
 
 
-def main():
-    out = Path(sys.argv[1])
-    rows, context = read_benchmark(out / "one_core.json")
-    rows += read_benchmark(out / "all_cores.json")[0]
-    for peer in json.loads((out / "peers.json").read_text(encoding="utf-8")):
-        rows.append({
-            "name": peer["name"], "shape": peer["shape"], "level": "", "threads": 1, "value": peer["value"],
-            "unit": peer["unit"], "peak": None, "fraction_of_peak": None,
-            "rival": f"{peer['rival']} {peer['version']}", "ratio": None, "rounds": peer["rounds"],
-            "spread": peer["spread"],
-        })
-    peaks = {row["level"]: row["value"] for row in rows if row["name"] == "fma_peak"}
-    best = context.get("rvqkv_simd", "")
-    ours = {(r["name"], r["shape"]): r["value"]
-            for r in rows if not r["rival"] and r["threads"] == 1 and r["level"] == best}
+def make_row(series: dict) -> dict:
+    values = sorted(series["values"])
+    value = statistics.median(values)
+    quarter = len(values) // 4
+    return {
+        "name": series["name"],
+        "shape": series["shape"],
+        "level": series["level"],
+        "threads": series["threads"],
+        "value": value,
+        "unit": series["unit"],
+        "peak": None,
+        "fraction_of_peak": None,
+        "rival": series["rival"],
+        "ratio": None,
+        "rounds": len(values),
+        "spread": (values[-1 - quarter] - values[quarter]) / value if len(values) > 1 else None,
+        "compiler": series["compiler"],
+    }
+
+
+class Ceilings:
+    """What the machine can do, in the unit of each row."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.flops: dict[str, float] = {}
+        self.read: dict[str, float] = {}
+        for row in rows:
+            if row["name"] == "fma_peak":
+                self.flops[row["level"]] = max(row["value"], self.flops.get(row["level"], 0.0))
+            elif row["name"] == "memory_read":
+                place = row["shape"].removeprefix("from:")
+                self.read[place] = max(row["value"], self.read.get(place, 0.0))
+
+    def fma(self, level: str) -> float | None:
+        """A level's float32 ceiling, that of `avx512` for `avx512vnni`: what integers save shows as more than 100 %."""
+        known = [name for name in self.flops if level.startswith(name)]
+        return self.flops[max(known, key=len)] if known else None
+
+    def of(self, row: dict) -> float | None:
+        shape = sizes_of(row["shape"])
+        if row["name"] == "decode":
+            return self.decode(row, shape)
+        flops = self.fma(row["level"])
+        if flops is None or row["name"] in CEILINGS:
+            return None
+        if row["unit"] == "flop/s":
+            return flops
+        if row["unit"] == "vectors/s":
+            searches = 1 + (shape.get("depths", 1) - 1) * shape.get("beam", 1)
+            return flops * row["threads"] / (2.0 * searches * shape["codewords"] * shape["dim"])
+        return None
+
+    def decode(self, row: dict, shape: dict[str, int]) -> float | None:
+        """Every depth reads a codeword from the innermost cache that holds the codebook; peak in bytes written."""
+        size = 2 if "weights:bfloat16" in row["shape"] else 4
+        depths = shape.get("used_depths", shape["depths"])
+        weights = depths * shape["codewords"] * shape["dim"] * size
+        place = next(
+            (name for name, most in (("l1", 24 << 10), ("l2", 768 << 10), ("l3", 16 << 20)) if weights < most), "dram"
+        )
+        return self.read[place] * 4 / size / depths if place in self.read else None
+
+
+def pick(rows: list[dict], **what: object) -> list[dict]:
+    return [row for row in rows if all(row[key] == value for key, value in what.items())]
+
+
+def own_row(rows: list[dict], name: str, shape: str) -> dict | None:
+    """What the library does by itself on one thread: the best level, as GCC builds it."""
+    found = pick(rows, name=name, shape=shape, rival=None, threads=1, compiler="gcc")
+    return max(found, key=lambda row: level_order(row["level"]), default=None)
+
+
+def make_rows(raw: dict) -> tuple[list[dict], Ceilings]:
+    rows = [make_row(series) for series in raw["series"] if series["pinned"] or series["name"] == "train_memory"]
+    unpinned = [make_row(series) for series in raw["series"] if not series["pinned"]]
+    # Two threads beside one thread of the same rounds, both on any core and by the clock on the wall.
+    for row in pick(unpinned, threads=2):
+        rows.append(row)
+        for alone in pick(unpinned, name=row["name"], shape=row["shape"], threads=1):
+            rows.append(alone | {"rival": "rvqkv, one thread", "ratio": row["value"] / alone["value"]})
+    # The exact search beside the float32 search it stands for.
+    for shape in {row["shape"] for row in pick(rows, name="search_exact")}:
+        exact = own_row(rows, "search_exact", shape)
+        plain = own_row(rows, "search_f32", re.sub("/depth:.*", "", shape))
+        if exact is not None and plain is not None:
+            names = {"name": "search_exact", "shape": shape, "rival": "rvqkv, float32"}
+            rows.append(plain | names | {"ratio": exact["value"] / plain["value"]})
+    ceilings = Ceilings(rows)
     for row in rows:
-        if row["unit"] == "flop/s" and not row["rival"] and row["level"] in peaks and row["name"] != "fma_peak":
-            row["peak"] = peaks[row["level"]]
-            row["fraction_of_peak"] = row["value"] / row["peak"]
-        if row["rival"] and (row["name"], row["shape"]) in ours:
-            row["ratio"] = ours[row["name"], row["shape"]] / row["value"]
-    memory = json.loads((out / "memory.json").read_text(encoding="utf-8"))
-    rows.append(memory)
+        if row["rival"] is None:
+            row["peak"] = ceilings.of(row)
+            row["fraction_of_peak"] = row["value"] / row["peak"] if row["peak"] else None
+        elif row["ratio"] is None:
+            own = own_row(rows, row["name"], row["shape"])
+            row["ratio"] = own["value"] / row["value"] if own else None
+    rows.sort(
+        key=lambda row: (
+            row["name"],
+            [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", row["shape"])],
+            row["rival"] is not None,
+            row["rival"] or "",
+            level_order(row["level"]),
+            row["threads"],
+            row["compiler"],
+        )
+    )
+    return rows, ceilings
 
-    rows.sort(key=lambda r: (r["name"], r["shape"], r["rival"] or "", r["level"], r["threads"]))
-    (out / "report.json").write_text(json.dumps({"context": context, "rows": rows}, indent=1) + "\n", encoding="utf-8")
 
+def shown(value: float, unit: str) -> str:
+    for prefix, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:.0f} %"
+
+
+def write_markdown(path: Path, rows: list[dict], raw: dict) -> None:
+    context = raw["context"]
+    compilers = ", ".join(sorted(version.strip() for version in context["compilers"].values()))
+    packages = ", ".join(f"{name} {version}" for name, version in context["versions"].items())
+    before, after = context["fma_peak_before"], context["fma_peak_after"]
+    during = [value / 1e9 for series in raw["series"] if series["name"] == "fma_peak" for value in series["values"]]
     lines = [
-        "# Benchmarks", "",
-        f"{context.get('compiler', '')}, {context['num_cpus']} cores, library {context.get('rvqkv_version', '')}, "
-        f"best level {best}, one core pinned unless threads say otherwise; medians. "
-        "`ratio` is how many times faster we are than that rival.", "",
-        "| name | shape | who | threads | value | of FMA peak | ratio | spread |",
-        "| --- | --- | --- | ---: | ---: | ---: | ---: | ---: |",
+        "# Benchmark report",
+        "",
+        f"{context['processor']}, {context['num_cpus']} cores, {context['system']}; {context['date']}.",
+        f"rvqkv {context['rvqkv_version']}, best level {context['rvqkv_simd']}; {compilers}; {packages}.",
+        "",
+        f"Everything on core {context['core']}, but for rows of two threads; medians of {context['rounds']} rounds, in",
+        f"each of which every program runs once; {context['seconds']} s in all. README.md says what each row is.",
+        "",
+        f"Multiply-add peak before {before / 1e9:.0f}, after {after / 1e9:.0f} GFLOP/s: drift"
+        f" {100 * (after / before - 1):+.1f} %"
+        + (" **- the machine was disturbed; take no figure for granted**" if abs(after / before - 1) > 0.05 else "")
+        + f". In the rounds it was at most {max(during, default=0.0):.0f}.",
+        "",
     ]
-    for row in rows:
-        value, unit = row["value"], row["unit"]
-        for prefix, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1)):
-            if abs(value) >= factor or factor == 1:
-                break
-        shown = f"{value / factor:.3g} {prefix}{unit}"
-        part = f"{100 * row['fraction_of_peak']:.0f} %" if row["fraction_of_peak"] else ""
-        ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
-        spread = f"{100 * row['spread']:.0f} %" if row["spread"] is not None else ""
-        who = row["rival"] or f"rvqkv {row['level']}".strip()
-        shape = re.sub(r"/", " ", row["shape"])
-        lines.append(f"| {row['name']} | {shape} | {who} | {row['threads']} | {shown} | {part} | {ratio} | {spread} |")
-    (out / "report.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    print("\n".join(lines))
-    print(f"\nwritten: {out}/report.json, {out}/report.md", file=sys.stderr)
+    if context["without_torch"]:
+        lines += ["**PyTorch was left out** (`--without-torch`): no rows of it and of vector-quantize-pytorch.", ""]
+    for failure in raw["failures"]:
+        lines += [f"**Failed:** {failure}", ""]
+    if context["errors"]:
+        errors = ", ".join(f"{who} {100 * error:.2f} %" for who, error in context["errors"].items())
+        lines += [f"Error energy of the encoders, at 88 bits a vector, of vectors not trained on: {errors}.", ""]
+    lines += ["![Roofline](roofline.svg)", "", "![Beside rivals](rivals.svg)", ""]
+    names = dict.fromkeys(row["name"] for row in rows)
+    for name in names:
+        lines += [
+            f"## {name}",
+            "",
+            "| shape | who | threads | value | of peak | faster than it | spread | rounds |",
+            "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        ]
+        for row in pick(rows, name=name):
+            who = row["rival"] or f"{'machine' if name in CEILINGS else '**rvqkv**'} {row['level']} {row['compiler']}"
+            ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
+            lines.append(
+                f"| {row['shape'].replace('/', ' ')} | {who} | {row['threads']} | {shown(row['value'], row['unit'])}"
+                f" | {percent(row['fraction_of_peak'])} | {ratio} | {percent(row['spread'])} | {row['rounds']} |"
+            )
+        lines.append("")
+    lines += ["## Targets", "", "| target | wanted | stretch | reached | met? |", "| --- | ---: | ---: | ---: | --- |"]
+    lines += [f"| {' | '.join(cells)} |" for cells in target_rows(rows)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("raw", type=Path, help="what measure.py wrote")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    arguments = parser.parse_args()
+    raw = json.loads(arguments.raw.read_text(encoding="utf-8"))
+    rows, ceilings = make_rows(raw)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    report = {"context": raw["context"], "failures": raw["failures"], "rows": rows}
+    (arguments.out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write_markdown(arguments.out / "report.md", rows, raw)
+    plots.roofline(arguments.out / "roofline.svg", rows, ceilings.flops, ceilings.read)
+    plots.rivals(arguments.out / "rivals.svg", rows)
+    for failure in raw["failures"]:
+        print(f"report.py: failed to run: {failure}", file=sys.stderr)
+    return 1 if raw["failures"] else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,76 +1,145 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: MIT
-# Builds the benchmarks, runs them beside their rivals on one core, and writes results/report.json and report.md.
+# The whole report in one command: installs what is missing (Debian), builds with GCC and Clang, runs us and every rival
+# in turn on one core, and writes report.json, report.md and plots.
 set -euo pipefail
-cd "$(dirname "$0")/.."
 
 usage() {
-    cat <<'TEXT'
-Usage: benchmarks/run.sh [--quick] [--core N] [--out DIR]
+    cat <<'END'
+usage: benchmarks/run.sh [--quick] [--core N] [--out DIR] [--without-torch]
 
-Installs what is missing (Debian packages; faiss from PyPI in a virtual environment), builds in release mode, and runs
-everything pinned to one core, repeated in random order; figures are medians.
+  --quick           few and short rounds: three minutes on two idle cores, once everything is installed and built
+  --core N          the core that everything is pinned to, but for rows of two threads; default: the last
+  --out DIR         where the report goes; default: benchmarks/results
+  --without-torch   leave PyTorch and vector-quantize-pytorch out; PyPI's PyTorch for x86 is a download of 3 GB, once.
+                    (pip's own settings count: an index of CPU builds in PIP_INDEX_URL makes it a tenth of that.)
 
-  --quick     a few repetitions, under three minutes
-  --core N    the core to use (default: the last one); two-thread rows use all cores
-  --out DIR   where the report goes (default: benchmarks/results)
-TEXT
+RVQKV_BUILD_DIR     where to build; default: build. The Python environment and the trained codebooks are kept there too.
+
+Exit codes: 0 done, whatever the figures; 1 something could not be installed, built or run; 2 bad arguments.
+END
 }
 
-quick=0 core=$(($(nproc) - 1)) out=benchmarks/results
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+build=$(realpath -m "${RVQKV_BUILD_DIR:-$root/build}")
+out=$root/benchmarks/results
+core=$(taskset -cp $$ | sed 's/.*[ ,-]//')  # the last that we may use
+rounds=11 seconds=0.05
+torch=true
 while [ $# -gt 0 ]; do
-    case "$1" in
-    --quick) quick=1 ;;
-    --core) core=${2:?--core needs a number} && shift ;;
-    --out) out=${2:?--out needs a folder} && shift ;;
-    -h | --help) usage && exit 0 ;;
-    *) echo "benchmarks/run.sh: unknown option '$1'" >&2 && usage >&2 && exit 2 ;;
+    case $1 in
+        --quick) rounds=5 seconds=0.02 ;;
+        --core | --out)
+            if [ $# -lt 2 ]; then
+                echo "$1 needs a value" >&2
+                usage >&2
+                exit 2
+            fi
+            if [ "$1" = --core ]; then core=$2; else out=$2; fi
+            shift
+            ;;
+        --without-torch) torch=false ;;
+        --help | -h)
+            usage
+            exit 0
+            ;;
+        *)
+            echo "unknown argument: $1" >&2
+            usage >&2
+            exit 2
+            ;;
     esac
     shift
 done
-
-missing=()
-need() { [ -e "$1" ] || missing+=("$2"); }
-need /usr/bin/g++ g++
-need /usr/bin/cmake cmake
-need /usr/bin/ninja ninja-build
-need /usr/include/benchmark/benchmark.h libbenchmark-dev
-need /usr/include/eigen3/Eigen/Core libeigen3-dev
-need /usr/include/nlohmann/json.hpp nlohmann-json3-dev
-need /usr/include/CLI/CLI.hpp libcli11-dev
-need /usr/include/xxhash.h libxxhash-dev
-need /usr/bin/time time
-command -v python3 >/dev/null || missing+=(python3)
-python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
-if [ ${#missing[@]} -gt 0 ]; then
-    sudo=""
-    [ "$(id -u)" = 0 ] || sudo=sudo
-    $sudo apt-get update -qq
-    $sudo apt-get install -y -qq --no-install-recommends "${missing[@]}" >/dev/null
+if ! taskset -c "$core" true 2>/dev/null; then
+    echo "--core: there is no core '$core' to run on; $(taskset -cp $$ | sed 's/.*: /those that we may use: /')" >&2
+    exit 2
 fi
+logs=$build/logs
+mkdir -p "$logs" "$out"
+out=$(cd "$out" && pwd)
 
-build=build/benchmarks
-cmake -S . -B $build -G Ninja -DCMAKE_BUILD_TYPE=Release -DCMAKE_CXX_FLAGS_RELEASE="-O2 -DNDEBUG" \
-    -DRVQKV_BUILD_TESTS=OFF -DRVQKV_BUILD_EXAMPLES=ON -DRVQKV_BUILD_BENCHMARKS=ON >/dev/null
-cmake --build $build --target rvqkv_benchmarks rvqkv_program
+# step NAME COMMAND...: its output goes to a log, shown if it fails. A line while it runs, on a terminal only.
+step() {
+    local name=$1
+    shift
+    [ ! -t 2 ] || printf '\r\033[K%s ...' "$name" >&2
+    if ! "$@" >"$logs/benchmarks-${name// /-}.log" 2>&1 </dev/null; then
+        [ ! -t 2 ] || printf '\r\033[K' >&2
+        printf '%s failed; the end of %s:\n' "$name" "$logs/benchmarks-${name// /-}.log" >&2
+        tail -n 30 "$logs/benchmarks-${name// /-}.log" >&2
+        return 1
+    fi
+    [ ! -t 2 ] || printf '\r\033[K' >&2
+}
 
-venv=build/venv
-[ -x $venv/bin/python ] || python3 -m venv $venv
-$venv/bin/python -c 'import faiss' 2>/dev/null ||
-    $venv/bin/pip install --quiet --disable-pip-version-check numpy faiss-cpu
+install_packages() {
+    command -v dpkg-query >/dev/null || return 0  # not Debian: the user has brought them
+    local missing=() package sudo=()
+    for package in g++ cmake ninja-build pkg-config libbenchmark-dev libeigen3-dev nlohmann-json3-dev libcli11-dev \
+        libxxhash-dev libopenblas-dev time python3 clang; do
+        if [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" != installed ]; then
+            missing+=("$package")
+        fi
+    done
+    python3 -c 'import ensurepip' 2>/dev/null || missing+=(python3-venv)
+    [ ${#missing[@]} -gt 0 ] || return 0
+    [ "$(id -u)" -eq 0 ] || sudo=(sudo)
+    "${sudo[@]}" apt-get update -q || return 1
+    for package in "${missing[@]}"; do
+        "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -y -q --no-install-recommends "$package" ||
+            [ "$package" = clang ] || return 1  # we do without Clang, not without the others
+    done
+}
 
-mkdir -p "$out"
-rounds=9 seconds=0.1
-[ $quick = 1 ] && rounds=5 seconds=0.02
-# Two-thread rows must not be pinned to one core.
-taskset -c "$core" $build/benchmarks/rvqkv_benchmarks --benchmark_filter='-threads:[^1]' \
-    --benchmark_repetitions=$rounds --benchmark_min_time=$seconds --benchmark_enable_random_interleaving=true \
-    --benchmark_out="$out/one_core.json" --benchmark_out_format=json >/dev/null
-$build/benchmarks/rvqkv_benchmarks --benchmark_filter='threads:[^1]' \
-    --benchmark_repetitions=$rounds --benchmark_min_time=$seconds --benchmark_enable_random_interleaving=true \
-    --benchmark_out="$out/all_cores.json" --benchmark_out_format=json >/dev/null
-# Older OpenBLAS kernels are sometimes forced by these variables; a rival must run at its best.
-env -u OPENBLAS_CORETYPE -u OPENBLAS_L2_SIZE OMP_NUM_THREADS=1 \
-    taskset -c "$core" $venv/bin/python benchmarks/peers.py --rounds $rounds --out "$out/peers.json"
-$venv/bin/python benchmarks/train_memory.py --program $build/examples/rvqkv --out "$out/memory.json"
-$venv/bin/python benchmarks/report.py "$out"
+venv=$build/venv
+modules=(numpy scipy faiss matplotlib)
+packages=(numpy scipy faiss-cpu matplotlib)
+if $torch; then
+    modules+=(torch vector_quantize_pytorch)
+    packages+=(torch vector-quantize-pytorch)
+fi
+has_modules() {
+    local check='import sys; from importlib.util import find_spec; sys.exit(None in map(find_spec, sys.argv[1:]))'
+    "$venv/bin/python" -c "$check" "${modules[@]}" 2>/dev/null
+}
+install_python_packages() {
+    [ -x "$venv/bin/python" ] || python3 -m venv "$venv" || return 1
+    has_modules || "$venv/bin/python" -m pip install --disable-pip-version-check "${packages[@]}"
+}
+
+# build_with COMPILER FOLDER TARGET...
+build_with() {
+    local compiler=$1 folder=$2
+    shift 2
+    CXX=$compiler cmake -S "$root" -B "$folder" -G Ninja -DCMAKE_BUILD_TYPE=Release \
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O2 -DNDEBUG" -DRVQKV_BUILD_TESTS=OFF -DRVQKV_BUILD_EXAMPLES=ON \
+        -DRVQKV_BUILD_BENCHMARKS=ON -DRVQKV_INSTALL=OFF &&
+        cmake --build "$folder" --target "$@"
+}
+
+step 'install packages' install_packages
+if ! step 'install Python packages' install_python_packages; then
+    $torch && echo 'If it is PyTorch that cannot be had, --without-torch leaves it out.' >&2
+    exit 1
+fi
+step 'build with GCC' build_with g++ "$build/benchmarks-gcc" rvqkv_benchmarks rvqkv_program
+options=(--gcc "$build/benchmarks-gcc/benchmarks/rvqkv_benchmarks" --program "$build/benchmarks-gcc/examples/rvqkv")
+if command -v clang++ >/dev/null; then
+    step 'build with Clang' build_with clang++ "$build/benchmarks-clang" rvqkv_benchmarks
+    options+=(--clang "$build/benchmarks-clang/benchmarks/rvqkv_benchmarks")
+fi
+$torch || options+=(--without-torch)
+data=$build/benchmark-data
+step 'train codebooks' "$venv/bin/python" "$root/benchmarks/prepare.py" \
+    --sample "$root/examples/data/smollm2_135m_kv.safetensors" --out "$data"
+
+raw=$build/benchmark-results.json
+status=0
+"$venv/bin/python" "$root/benchmarks/measure.py" "${options[@]}" --data "$data" --out "$raw" --core "$core" \
+    --rounds "$rounds" --seconds "$seconds" || exit 1
+"$venv/bin/python" "$root/benchmarks/report.py" "$raw" --out "$out" || status=1
+sed -n '/^## Targets/,$p' "$out/report.md"
+echo
+echo "The whole report: $out/report.md, report.json, roofline.svg, rivals.svg"
+exit $status

@@ -50,7 +50,7 @@ void describe(CLI::App& app) {
         "embedding.\n"
         "Results go to stdout, progress (on a terminal) and messages to stderr.\n"
         "Exit codes: 0 done, 1 failed, 2 the command line makes no sense, 130 interrupted (training state is saved).\n"
-        "RVQKV_SIMD=generic|neon|avx2|avx512 caps the instruction set; results do not depend on it.\n\n"
+        "RVQKV_SIMD=generic|neon|avx2|avx512|avx512vnni caps the instruction set; results do not depend on it.\n\n"
         "Example:\n"
         "  rvqkv train kv.safetensors -o model.codecs --depths 8 --codewords 2048\n"
         "  rvqkv evaluate kv.safetensors -c model.codecs@8,6,4\n"

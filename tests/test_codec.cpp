@@ -4,6 +4,7 @@
 #include "rvqkv/quantize/codec.hpp"
 
 #include "../examples/custom_policies.hpp"
+#include "rvqkv/core/thread_pool.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
@@ -244,6 +245,25 @@ TEST_CASE("codec: passes reports, truncation and refusals through the door", "[q
         codec->encode({x.data(), {1, 1, 32}}, {codes.data(), {3, 1}, scales.data()}, workspace);
     REQUIRE_FALSE(too_wide.ok());
     CHECK(too_wide.error().message == "input has 32 channels per head, this quantizer was made for head_dim 16");
+    const rvqkv::status no_place = codec->encode({x.data(), {1, 1, 16}}, {codes.data(), {3, 1}, nullptr}, workspace);
+    REQUIRE_FALSE(no_place.ok());
+    CHECK(no_place.error().message == "scales are missing: the std_dev policy stores one per vector");
+    CHECK(codec->decode({nullptr, {3, 1}, nullptr}, {out.data(), {0, 1, 16}}, 3, workspace).ok());
+}
+
+TEST_CASE("codec: workers share the rows out and change nothing", "[quantize][threads][unit]") {
+    test::random_source random(3);
+    const auto codec = rvqkv::make_codec<float>(small_spec(), small_weights()).value();
+    const std::vector<float> x = test::gaussian_numbers(random, 200 * 2 * 16);
+    const auto codes_with = [&](const rvqkv::executor& workers) {
+        std::vector<code_t> codes(200 * 2 * 4 * 3);
+        std::vector<float> scales(400);
+        rvqkv::quantizer_workspace workspace;
+        codec->encode({x.data(), {200, 2, 16}}, {codes.data(), {3, 1}, scales.data()}, workspace, nullptr, workers)
+            .value();
+        return codes;
+    };
+    CHECK(codes_with(rvqkv::thread_pool(3)) == codes_with(rvqkv::serial_executor()));
 }
 
 TEST_CASE("make_codec: takes a quantizer of the user's own policies", "[quantize][unit]") {

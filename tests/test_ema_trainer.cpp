@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: MIT
 #include "rvqkv/core/thread_pool.hpp"
 #include "rvqkv/learn/ema_trainer.hpp"
+#include "support/allocation_counter.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #include "support/reference.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -124,6 +126,35 @@ TEST_CASE("ema_trainer: the same state at any number of threads, and after a bre
     const rvqkv::ema_state once = train(1, false);
     CHECK(train(3, false) == once);
     CHECK(train(1, true) == once);
+}
+
+TEST_CASE("ema_trainer: a step for which memory runs out leaves everything as it was", "[learn][unit]") {
+    test::random_source random(25);
+    const std::vector<float> weights = test::gaussian_numbers(random, shape.size());
+    rvqkv::ema_trainer trainer = make(weights);
+    std::vector<float> x = test::gaussian_numbers(random, 50 * shape.dim);
+    trainer.accumulate({x.data(), 50, shape.dim}, {}, {}, rvqkv::serial_executor());
+    const rvqkv::ema_state before = trainer.state();
+    std::size_t failures = 0;
+    for (bool triggered = true; triggered;) {
+        bool done = false;
+        {
+            // The first two are small and throw, as containers do; the codebook's are the large ones.
+            const test::failing_allocations failing(2 + failures);
+            done = trainer.step().ok();
+            triggered = failing.triggered();
+        }
+        CHECK(done == !triggered);
+        if (triggered) {
+            ++failures;
+            CHECK(trainer.state() == before);
+            CHECK(std::equal(weights.begin(), weights.end(), trainer.codebook().weights().begin()));
+        }
+    }
+    CHECK(failures >= 3);
+    rvqkv::ema_trainer undisturbed = rvqkv::ema_trainer::resume(shape, before).value();
+    undisturbed.step().value();
+    CHECK(trainer.state() == undisturbed.state());
 }
 
 TEST_CASE("ema_trainer: masked vectors leave no trace", "[learn][unit]") {

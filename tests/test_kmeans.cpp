@@ -100,6 +100,21 @@ TEST_CASE("kmeans: every iteration lowers the error, and the report tells it", "
     }
 }
 
+TEST_CASE("kmeans: reports the error of its last assignment", "[learn][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(14);
+    std::vector<float> x = test::gaussian_numbers(random, 2000 * 7);
+    for (float& value : x) {
+        value += 30.0F;  // most of the sums of squares that the error is a difference of
+    }
+    // The same seed makes the same steps: one iteration less ends with the centroids of the last assignment.
+    for (const std::size_t iterations : {1U, 2U, 5U}) {
+        const outcome before = run(x, 7, 30, {iterations - 1, kmeans_start::sampled});
+        const outcome found = run(x, 7, 30, {iterations, kmeans_start::sampled});
+        CHECK(found.report.mean_squared_error == Approx(mean_squared_error(x, before.centroids, 7)).epsilon(1e-6));
+    }
+}
+
 TEST_CASE("kmeans: k-means++ starts better than sampled points on clustered data", "[learn][property]") {
     CAPTURE(test::seed());
     test::random_source random(12);

@@ -4,8 +4,10 @@
 /// `codec::encode` and `codec::decode` of the same tokens give, and holds the bytes that it says.
 #include "rvqkv/cache/kv_cache.hpp"
 
+#include "rvqkv/core/thread_pool.hpp"
 #include "support/allocation_counter.hpp"
 #include "support/catch.hpp"
+#include "support/executors.hpp"
 #include "support/random.hpp"
 
 #include <algorithm>
@@ -215,6 +217,13 @@ struct side {
         codec->decode({codes.data(), strides, scales.data()}, out.view(), depths, workspace).value();
         return out;
     }
+};
+
+/// Some tokens of a side's input.
+struct tensor_part {
+    std::size_t first;
+    std::size_t count;
+    [[nodiscard]] rvqkv::tensor_view of(const side& whole) const { return whole.input.slice(first, count); }
 };
 
 /// A layer's keys or values, wholly.
@@ -705,6 +714,84 @@ TEST_CASE("kv_cache: whichever allocation fails, append and reconstruct change n
     }
 }
 
+TEST_CASE("kv_cache: workers share an append out and change nothing", "[cache][threads][property]") {
+    test::random_source random(16);
+    CAPTURE(test::seed());
+    const std::size_t tokens = 700;
+    const side keys(plain_codec(random, 64, {2, 37, 16}), 3, dtype::float16, tokens, random);
+    side values(plain_codec(random, 1024, {2, 5, 32}), 2, dtype::float32, tokens, random);
+    values.input.set(650, 1, 3, std::numeric_limits<float>::infinity());
+    values.input.set(90, 0, 5, std::numeric_limits<float>::infinity());
+    for (const std::size_t page_tokens : {1U, 13U, 64U}) {
+        const kv_cache_config config = one_layer(keys.codec, 3, values.codec, 2, page_tokens);
+        kv_cache expected = make_cache(config);
+        rvqkv::kv_encode_report expected_report;
+        expected.append(0, keys.input.view(), values.input.view(), &expected_report).value();
+        const auto check = [&](const rvqkv::executor& workers) {
+            CAPTURE(page_tokens, workers.concurrency());
+            kv_cache cache = make_cache(config);
+            cache.reserve(tokens, workers).value();
+            const std::size_t before = cache.bytes().total();
+            rvqkv::kv_encode_report report;
+            for (const auto& [first, count] : {std::pair{0, 0}, {0, 7}, {7, 1}, {8, 692}}) {
+                const auto from = static_cast<std::size_t>(first);
+                const tensor_part part{from, static_cast<std::size_t>(count)};
+                rvqkv::kv_encode_report found;
+                std::size_t allocations = 0;
+                bool done = false;
+                {
+                    const test::allocation_counter counter;
+                    done = cache.append(0, part.of(keys), part.of(values), &found, workers).ok();
+                    allocations = counter.allocations();
+                }
+                CHECK(done);
+                CHECK(allocations == 0);
+                report.keys.add(found.keys, from);
+                report.values.add(found.values, from);
+            }
+            CHECK(same_pages(cache, expected, 0));
+            CHECK(cache.bytes().total() == before);
+            CHECK(report.keys.nonfinite_rows == 0);
+            CHECK(report.values.nonfinite_rows == 2);
+            CHECK(report.values.first_token == 90);
+            CHECK(report.values.first_token == expected_report.values.first_token);
+        };
+        check(test::backward_executor(3));
+        for (const std::size_t threads : {1U, 2U, 3U, 4U}) {
+            check(rvqkv::thread_pool(threads));
+        }
+    }
+}
+
+TEST_CASE("kv_cache: whichever allocation fails, an append with more workers changes nothing", "[cache][unit]") {
+    test::random_source random(17);
+    const side keys(plain_codec(random, 64, {2, 5, 16}), 3, dtype::float32, 400, random);
+    const side values(plain_codec(random, 32, {2, 5, 32}), 2, dtype::float32, 400, random);
+    const test::backward_executor workers(4);
+    for (std::size_t nth = 0;; ++nth) {
+        CAPTURE(nth);
+        REQUIRE(nth < 100);
+        kv_cache cache = make_cache(one_layer(keys.codec, 3, values.codec, 2));
+        cache.append(0, keys.input.slice(0, 10), values.input.slice(0, 10)).value();
+        const snapshot before(cache);
+        bool done = false;
+        bool triggered = false;
+        {
+            const test::failing_allocations failing(nth);
+            done = cache.append(0, keys.input.slice(10, 390), values.input.slice(10, 390), nullptr, workers).ok();
+            triggered = failing.triggered();
+        }
+        CHECK(done == !triggered);
+        if (!triggered) {
+            CHECK(nth > 3);
+            CHECK(cache.bytes().workspace >
+                  kv_cache(make_cache(one_layer(keys.codec, 3, values.codec, 2))).bytes().workspace);
+            break;
+        }
+        CHECK(snapshot(cache) == before);
+    }
+}
+
 TEST_CASE("kv_cache: a codec of one's own that fails half-way changes nothing", "[cache][unit]") {
     using plain_quantizer = rvqkv::vector_quantizer<rvqkv::std_dev_scale, rvqkv::contiguous_grouping>;
     // Encodes as usual, but only a given number of times.
@@ -713,13 +800,13 @@ TEST_CASE("kv_cache: a codec of one's own that fails half-way changes nothing", 
         tiring_codec(plain_quantizer inner, std::size_t& left)
             : rvqkv::codec_of<plain_quantizer>(std::move(inner)), left_(&left) {}
         [[nodiscard]] rvqkv::status encode(const rvqkv::tensor_view& x, rvqkv::mutable_encoded_view out,
-                                           rvqkv::quantizer_workspace& workspace,
-                                           rvqkv::encode_report* report) const override {
+                                           rvqkv::quantizer_workspace& workspace, rvqkv::encode_report* report,
+                                           const rvqkv::executor& workers) const override {
             if (*left_ == 0) {
                 return rvqkv::error{rvqkv::error_code::out_of_memory, "tired"};
             }
             --*left_;
-            return rvqkv::codec_of<plain_quantizer>::encode(x, out, workspace, report);
+            return rvqkv::codec_of<plain_quantizer>::encode(x, out, workspace, report, workers);
         }
 
     private:
@@ -788,7 +875,7 @@ TEST_CASE("kv_cache: a bad RVQKV_SIMD is a failure of create, not an exception l
     const auto made = kv_cache::create(one_layer(codec, 1, codec, 1));
     ::setenv("RVQKV_SIMD", restored.c_str(), 1);  // an empty one counts as none
     REQUIRE_FALSE(made.ok());
-    CHECK(made.error().message == "RVQKV_SIMD=sse9: not one of generic, neon, avx2, avx512");
+    CHECK(made.error().message == "RVQKV_SIMD=sse9: not one of generic, neon, avx2, avx512, avx512vnni");
     CHECK(kv_cache::create(one_layer(codec, 1, codec, 1)).ok());
 }
 

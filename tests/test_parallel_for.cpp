@@ -4,6 +4,7 @@
 #include "rvqkv/core/parallel_for.hpp"
 
 #include "support/catch.hpp"
+#include "support/executors.hpp"
 
 #include <cstddef>
 #include <limits>
@@ -11,17 +12,6 @@
 #include <vector>
 
 namespace {
-
-/// An engine's pool that happens to run everything backwards.
-class backward_executor final : public rvqkv::executor {
-public:
-    [[nodiscard]] std::size_t concurrency() const noexcept override { return 64; }
-    void run(std::size_t tasks, void (*task)(void*, std::size_t), void* context) const override {
-        while (tasks > 0) {
-            task(context, --tasks);
-        }
-    }
-};
 
 using range = std::pair<std::size_t, std::size_t>;
 
@@ -39,7 +29,7 @@ TEST_CASE("serial_executor: runs every task in order on this thread", "[core][un
 
 TEST_CASE("parallel_for: goes through the executor it is given", "[core][unit]") {
     std::vector<std::size_t> order;
-    rvqkv::parallel_for(backward_executor(), 3, [&](std::size_t i) { order.push_back(i); });
+    rvqkv::parallel_for(test::backward_executor(), 3, [&](std::size_t i) { order.push_back(i); });
     CHECK(order == std::vector<std::size_t>{2, 1, 0});
 }
 
@@ -73,5 +63,5 @@ TEST_CASE("parallel_ranges: cover everything once, in pieces of the grain", "[co
     // "All at once" is not too large a grain.
     CHECK(ranges(serial, 9, std::numeric_limits<std::size_t>::max()) == std::vector<range>{{0, 9}});
     // The pieces are the same whoever runs them, and however many at a time.
-    CHECK(ranges(backward_executor(), 9, 4) == std::vector<range>{{8, 9}, {4, 8}, {0, 4}});
+    CHECK(ranges(test::backward_executor(), 9, 4) == std::vector<range>{{8, 9}, {4, 8}, {0, 4}});
 }

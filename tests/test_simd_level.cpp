@@ -44,6 +44,7 @@ TEST_CASE("simd_level: every level has its own name", "[simd][unit]") {
     CHECK(rvqkv::name_of(rvqkv::simd_level::neon) == "neon");
     CHECK(rvqkv::name_of(rvqkv::simd_level::avx2) == "avx2");
     CHECK(rvqkv::name_of(rvqkv::simd_level::avx512) == "avx512");
+    CHECK(rvqkv::name_of(rvqkv::simd_level::avx512vnni) == "avx512vnni");
     CHECK(rvqkv::name_of(static_cast<rvqkv::simd_level>(77)) == "unknown");
 }
 
@@ -60,9 +61,14 @@ TEST_CASE("is_available: generic is everywhere, the others where their machine i
         CHECK(rvqkv::is_available(rvqkv::simd_level::avx2));
         CHECK(__builtin_cpu_supports("avx512f") != 0);
     }
+    if (rvqkv::is_available(rvqkv::simd_level::avx512vnni)) {
+        CHECK(rvqkv::is_available(rvqkv::simd_level::avx512));
+        CHECK(__builtin_cpu_supports("avx512vnni") != 0);
+    }
 #else
     CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx2));
     CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx512));
+    CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx512vnni));
 #endif
 #if RVQKV_NEON
     CHECK(rvqkv::is_available(rvqkv::simd_level::neon));
@@ -100,7 +106,7 @@ TEST_CASE("choose_simd_level: refuses a name that is no level", "[simd][unit]") 
         const auto chosen = rvqkv::choose_simd_level();
         REQUIRE_FALSE(chosen.ok());
         CHECK(chosen.error().code == rvqkv::error_code::invalid_argument);
-        CHECK(chosen.error().message == "RVQKV_SIMD=" + name + ": not one of generic, neon, avx2, avx512");
+        CHECK(chosen.error().message == "RVQKV_SIMD=" + name + ": not one of generic, neon, avx2, avx512, avx512vnni");
     }
 }
 

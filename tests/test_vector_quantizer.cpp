@@ -5,9 +5,11 @@
 #include "rvqkv/quantize/vector_quantizer.hpp"
 
 #include "../examples/custom_policies.hpp"
+#include "rvqkv/core/thread_pool.hpp"
 #include "support/allocation_counter.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
+#include "support/executors.hpp"
 #include "support/levels.hpp"
 #include "support/random.hpp"
 #include "support/reference.hpp"
@@ -247,6 +249,70 @@ TEST_CASE("vector_quantizer: results do not depend on how calls are split, nor o
     }
 }
 
+TEST_CASE("vector_quantizer: workers share the rows out and change nothing", "[quantize][threads][property]") {
+    CAPTURE(test::seed());
+    test::random_source random(17);
+    const codebook_shape shape{2, 20, 8};
+    const auto quantizer =
+        rvqkv::key_quantizer::create(64, make_book(shape, test::make_weights(random, shape))).value();
+    // Fewer vectors than one task takes, some, and more than all tasks take at once.
+    for (const std::size_t tokens : {0U, 1U, 5U, 100U, 1500U}) {
+        const tensor_shape tensor{tokens, 3, 64};
+        std::vector<float> x = test::gaussian_numbers(random, tokens * 3 * 64);
+        for (std::size_t i = 1000; i < x.size(); i += 20011) {
+            x[i] = not_a_number;
+        }
+        const auto check = [&](const rvqkv::executor& workers) {
+            CAPTURE(tokens, workers.concurrency());
+            rvqkv::encode_report expected_report;
+            const coded expected = encode(quantizer, {x.data(), tensor}, &expected_report);
+            rvqkv::quantizer_workspace workspace;
+            for (int round = 0; round < 2; ++round) {
+                coded got = make_room(quantizer, tokens * 3);
+                rvqkv::encode_report report;
+                std::size_t allocations = 0;
+                bool done = false;
+                {
+                    const test::allocation_counter counter;
+                    done =
+                        quantizer.encode({x.data(), tensor}, view_of(quantizer, got), workspace, &report, workers).ok();
+                    allocations = counter.allocations();
+                }
+                CHECK(done);
+                CHECK((round == 0 || allocations == 0));
+                CHECK(got == expected);
+                CHECK(report.nonfinite_values == expected_report.nonfinite_values);
+                CHECK(report.nonfinite_rows == expected_report.nonfinite_rows);
+                CHECK(report.first_token == expected_report.first_token);
+                CHECK(report.first_head == expected_report.first_head);
+            }
+        };
+        check(test::backward_executor(3));
+        for (const std::size_t threads : {1U, 2U, 3U, 4U}) {
+            check(rvqkv::thread_pool(threads));
+        }
+    }
+}
+
+TEST_CASE("encode_report: of parts of a call in any order, the first place is the first", "[quantize][unit]") {
+    const rvqkv::encode_report early{2, 1, 3, 5};
+    const rvqkv::encode_report same_token{4, 2, 3, 6};
+    const rvqkv::encode_report late{1, 1, 7, 0};
+    const rvqkv::encode_report nothing;
+    std::vector<rvqkv::encode_report> parts = {nothing, early, same_token, late};
+    std::vector<std::size_t> order = {0, 1, 2, 3};
+    do {
+        rvqkv::encode_report all;
+        for (const std::size_t i : order) {
+            all.merge(parts[i]);
+        }
+        CHECK(all.nonfinite_values == 7);
+        CHECK(all.nonfinite_rows == 4);
+        CHECK(all.first_token == 3);
+        CHECK(all.first_head == 5);
+    } while (std::next_permutation(order.begin(), order.end()));
+}
+
 TEST_CASE("vector_quantizer: fewer depths give the sums of the first codewords", "[quantize][differential]") {
     CAPTURE(test::seed());
     test::random_source random(4);
@@ -425,6 +491,11 @@ TEST_CASE("vector_quantizer: refuses calls of the wrong shape, and writes nothin
               "output" + asked);
         CHECK(out == std::vector<float>(64, 5.0F));
     }
+    rvqkv::mutable_encoded_view no_place = view_of(quantizer, to);
+    no_place.scales = nullptr;
+    CHECK(refusal(quantizer.encode({x.data(), {4, 1, 16}}, no_place, workspace)) ==
+          "scales are missing: the std_dev policy stores one per vector");
+    CHECK(to == untouched);
     const coded good = encode(quantizer, {x.data(), {4, 1, 16}});
     std::vector<float> out(64, 5.0F);
     const rvqkv::mutable_tensor_view out_view(out.data(), {4, 1, 16});
@@ -450,8 +521,7 @@ TEST_CASE("vector_quantizer: no tokens or no heads are no work", "[quantize][uni
         rvqkv::encode_report report;
         CHECK(quantizer.encode({nothing, empty}, {nullptr, {2, 1}, nullptr}, workspace, &report).ok());
         CHECK(report.nonfinite_rows == 0);
-        const std::vector<float> scales(1);
-        CHECK(quantizer.decode({nullptr, {2, 1}, scales.data()}, {nowhere, empty}, 2, workspace).ok());
+        CHECK(quantizer.decode({nullptr, {2, 1}, nullptr}, {nowhere, empty}, 2, workspace).ok());
     }
 }
 

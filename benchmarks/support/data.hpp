@@ -1,39 +1,43 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// What the benchmarks compute on: the same numbers for us and for every rival.
+/// What the benchmarks compute on, the same numbers for us and for every rival: the `.npy` files that prepare.py made
+/// of a real model's keys, and codebooks trained on them.
 #pragma once
 
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/quantize/codebook.hpp"
 
 #include <cstddef>
-#include <cstdint>
-#include <random>
-#include <span>
+#include <string>
+#include <vector>
 
 namespace bench {
 
-/// `count` numbers drawn from N(0, 1).
-inline rvqkv::aligned_buffer<float> gaussian(std::size_t count, std::uint64_t seed) {
-    std::mt19937_64 engine(seed);
-    std::normal_distribution<float> normal;
-    rvqkv::aligned_buffer<float> numbers(count);
-    for (float& number : numbers.span()) {
-        number = normal(engine);
-    }
-    return numbers;
-}
+/// The paper's shape, its cheaper sister, and the small codebooks that stay in registers. prepare.py trains these.
+inline constexpr rvqkv::codebook_shape paper{8, 2048, 32};
+inline constexpr rvqkv::codebook_shape light{10, 256, 32};
+inline constexpr rvqkv::codebook_shape small_shapes[] = {{3, 256, 8}, {3, 128, 8}, {4, 64, 8}, {5, 16, 8}, {3, 16, 4}};
 
-/// A codebook whose depths shrink as trained ones do: what is left after a depth is about 0.7 of what was there.
-inline rvqkv::residual_codebook<> codebook(const rvqkv::codebook_shape& shape, std::uint64_t seed = 1) {
-    rvqkv::aligned_buffer<float> weights = gaussian(shape.size(), seed);
-    float size = 0.6F;
-    for (std::size_t depth = 0; depth < shape.depths; ++depth, size *= 0.7F) {
-        for (float& weight : weights.span().subspan(depth * shape.codewords * shape.dim, shape.codewords * shape.dim)) {
-            weight *= size;
-        }
-    }
-    return rvqkv::residual_codebook<>::create(shape, std::span<const float>(weights.span())).value();
-}
+/// Where the files are; to be set before anything below is called.
+void set_data_folder(std::string folder);
+
+/// Vectors `[n, dim]` that no codebook was trained on, or those that they were trained on. Exits with a message when
+/// the file is missing.
+const rvqkv::aligned_buffer<float>& held_out_vectors(std::size_t dim);
+const rvqkv::aligned_buffer<float>& training_vectors(std::size_t dim);
+
+/// Trained weights `[depths, codewords, dim]`.
+const rvqkv::aligned_buffer<float>& weights(const rvqkv::codebook_shape& shape);
+
+/// Equal codebooks in different memory. A decode step uses those of one layer after the other, so that none is found in
+/// the caches near the core; taking these in turn does the same.
+inline constexpr std::size_t copies = 4;
+const std::vector<rvqkv::residual_codebook<>>& codebooks(const rvqkv::codebook_shape& shape);
+
+/// "codewords:2048/dim:32/rows:64", with "depths:8/" in front where all depths take part.
+std::string label(const rvqkv::codebook_shape& shape, std::size_t rows, bool with_depths = true);
+
+/// One level's name as benchmarks carry it: "level:avx2".
+std::string level_label(rvqkv::simd_level level);
 
 }  // namespace bench

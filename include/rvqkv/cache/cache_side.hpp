@@ -9,6 +9,7 @@
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
+#include "rvqkv/core/parallel_for.hpp"
 #include "rvqkv/core/tensor_view.hpp"
 #include "rvqkv/quantize/codec.hpp"
 
@@ -26,7 +27,7 @@ struct kv_side_config {
 };
 
 /// Scratch memory of one writer or reader: one block of tokens (those of `block_values` numbers, or one token if it has
-/// more), however many tokens a call asks for. Threads: one per thread.
+/// more) for each worker, however many tokens a call asks for. Threads: one for each caller.
 struct kv_workspace {
     quantizer_workspace quantizer;
     aligned_buffer<code_t> codes;  ///< `[depth, token, head, group]`
@@ -68,37 +69,40 @@ public:
         return {};
     }
 
-    /// Makes room for the blocks of `tokens` tokens. Errors: `out_of_memory`.
-    [[nodiscard]] status reserve(kv_workspace& workspace, std::size_t tokens) const {
+    /// Makes room for the blocks of `tokens` tokens, one for each worker. Errors: `out_of_memory`.
+    [[nodiscard]] status reserve(kv_workspace& workspace, std::size_t tokens, const executor& workers) const {
         const codec& codec = *config_.codec;
+        const std::size_t blocks = workers.concurrency();
         const std::size_t rows = std::min(tokens, block_tokens_) * config_.heads;
-        if (status grown = workspace.quantizer.reserve(rows, codec.head_dim()); !grown) {
+        if (status grown = workspace.quantizer.reserve(rows, codec.head_dim(), blocks); !grown) {
             return grown;
         }
-        if (status grown = workspace.codes.reserve(rows * codec.groups() * codec.depths()); !grown) {
+        if (status grown = workspace.codes.reserve(blocks * rows * codec.groups() * codec.depths()); !grown) {
             return grown;
         }
-        return workspace.scales.reserve(rows);
+        return workspace.scales.reserve(blocks * rows);
     }
 
     /// Encodes tokens as numbers `first` and on, into the pages whose start `page(i)` gives.
     /// Errors: `out_of_memory`; some tokens have been written then.
     template <class Page>
     [[nodiscard]] status encode(const tensor_view& x, std::size_t first, const Page& page, kv_workspace& workspace,
-                                encode_report& report) const {
-        if (status grown = reserve(workspace, x.tokens()); !grown) {
+                                encode_report& report, const executor& workers) const {
+        if (status grown = reserve(workspace, x.tokens(), workers); !grown) {
             return grown;
         }
-        for (std::size_t done = 0; done < x.tokens(); done += block_tokens_) {
-            const std::size_t count = std::min(block_tokens_, x.tokens() - done);
+        const std::size_t at_once = block_tokens_ * workers.concurrency();
+        for (std::size_t done = 0; done < x.tokens(); done += at_once) {
+            const std::size_t count = std::min(at_once, x.tokens() - done);
             const mutable_encoded_view block = view(workspace, count);
             encode_report found;
-            if (status encoded = config_.codec->encode(x.slice_tokens(done, count), block, workspace.quantizer, &found);
+            if (status encoded =
+                    config_.codec->encode(x.slice_tokens(done, count), block, workspace.quantizer, &found, workers);
                 !encoded) {
                 return encoded;
             }
             report.add(found, done);
-            for_each_page(first + done, count, [&](std::size_t i, std::size_t within, piece part) {
+            for_each_page(first + done, count, workers, [&](std::size_t i, std::size_t within, piece part) {
                 const mutable_encoded_view from = slice(block, part.first);
                 layout_.store(page(i), within, part.count, {from.codes, from.strides, from.scales});
             });
@@ -111,13 +115,14 @@ public:
     template <class Page>
     [[nodiscard]] status decode(std::size_t first, const Page& page, const mutable_tensor_view& out, std::size_t depths,
                                 kv_workspace& workspace) const {
-        if (status grown = reserve(workspace, out.tokens()); !grown) {
+        const serial_executor serial;
+        if (status grown = reserve(workspace, out.tokens(), serial); !grown) {
             return grown;
         }
         for (std::size_t done = 0; done < out.tokens(); done += block_tokens_) {
             const std::size_t count = std::min(block_tokens_, out.tokens() - done);
             const mutable_encoded_view block = view(workspace, count);
-            for_each_page(first + done, count, [&](std::size_t i, std::size_t within, piece part) {
+            for_each_page(first + done, count, serial, [&](std::size_t i, std::size_t within, piece part) {
                 layout_.load(page(i), within, part.count, depths, slice(block, part.first));
             });
             if (status decoded = config_.codec->decode({block.codes, block.strides, block.scales},
@@ -136,15 +141,18 @@ private:
         std::size_t count;
     };
 
-    /// Calls `body(page, first token in the page, piece)` for each page that a block meets.
+    /// Calls `body(page, first token in the page, piece)` for each page that `count` > 0 tokens meet. Pages share no
+    /// byte, so they may be written at the same time.
     template <class Body>
-    void for_each_page(std::size_t first, std::size_t count, const Body& body) const {
-        for (std::size_t done = 0; done < count;) {
-            const std::size_t within = (first + done) % page_tokens_;
-            const std::size_t part = std::min(count - done, page_tokens_ - within);
-            body((first + done) / page_tokens_, within, piece{done, part});
-            done += part;
-        }
+    void for_each_page(std::size_t first, std::size_t count, const executor& workers, const Body& body) const {
+        const std::size_t first_page = first / page_tokens_;
+        const std::size_t last_page = (first + count - 1) / page_tokens_;
+        parallel_for(workers, last_page - first_page + 1, [&](std::size_t i) {
+            const std::size_t page = first_page + i;
+            const std::size_t begin = std::max(first, page * page_tokens_);
+            const std::size_t end = page == last_page ? first + count : (page + 1) * page_tokens_;
+            body(page, begin - page * page_tokens_, piece{begin - first, end - begin});
+        });
     }
 
     /// A block of tokens in the workspace: each depth's codes in one run, as pages hold them.

@@ -9,6 +9,7 @@
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
+#include "rvqkv/core/parallel_for.hpp"
 #include "rvqkv/core/simd_level.hpp"
 #include "rvqkv/core/tensor_view.hpp"
 #include "rvqkv/quantize/codec.hpp"
@@ -164,12 +165,14 @@ public:
     /// Errors:     `invalid_argument` for a layer or shape that does not fit; `out_of_memory`. The cache, and
     ///             `report`, are as they were then. NaNs and infinities are encoded as 0, and counted in `report`
     ///             if one is given; other vectors are not affected.
+    /// Threads:    none of its own; with `workers`, many tokens (a prompt) are split over them, and few are not.
     /// Complexity: as `codec::encode`, and a copy of the codes; independent of the tokens held. Allocates pages that
-    ///             `capacity` lacks and nothing else, given codecs that ask no more of a `quantizer_workspace` than
-    ///             `vector_quantizer` does; one that does allocates that on its first append.
-    /// Numerics:   the same codes at every SIMD level and however appends are split.
+    ///             `capacity` lacks, scratch memory when there are more workers than in any call before, and nothing
+    ///             else, given codecs that ask no more of a `quantizer_workspace` than `vector_quantizer` does; one
+    ///             that does allocates that on its first append.
+    /// Numerics:   the same codes at every SIMD level, with any workers and however appends are split.
     [[nodiscard]] status append(std::size_t layer, const tensor_view& keys, const tensor_view& values,
-                                kv_encode_report* report = nullptr) {
+                                kv_encode_report* report = nullptr, const executor& workers = serial_executor()) {
         if (status wrong = check_layer(layer); !wrong) {
             return wrong;
         }
@@ -185,6 +188,9 @@ public:
                                        std::to_string(keys.tokens()));
         }
         const std::size_t tokens = keys.tokens();
+        if (tokens == 0) {
+            return {};
+        }
         if (tokens > std::numeric_limits<std::size_t>::max() - record.tokens) {
             return error{error_code::out_of_memory, "out of memory"};
         }
@@ -193,6 +199,11 @@ public:
             return prepared.error();
         }
         detail::page_table::growth growth = std::move(prepared).value();
+        kv_workspace larger;
+        if (status grown = grow(larger, workers); !grown) {
+            return grown;
+        }
+        kv_workspace& workspace = larger.bytes() != 0 ? larger : workspace_;
         // Codes go into the free end of the last page and into pages that the table does not know yet: until the
         // commit below, nobody sees them.
         const auto page = [&record, &growth](std::size_t i) {
@@ -200,13 +211,15 @@ public:
             return i < held ? record.pages.page(i) : growth.pages[i - held].data();
         };
         kv_encode_report found;
-        if (status encoded = record.keys.encode(keys, record.tokens, page, workspace_, found.keys); !encoded) {
+        if (status encoded = record.keys.encode(keys, record.tokens, page, workspace, found.keys, workers); !encoded) {
             return encoded;
         }
-        if (status encoded = record.values.encode(values, record.tokens, page, workspace_, found.values); !encoded) {
+        if (status encoded = record.values.encode(values, record.tokens, page, workspace, found.values, workers);
+            !encoded) {
             return encoded;
         }
         record.pages.adopt(std::move(growth));
+        adopt(std::move(larger), workers);
         record.tokens += tokens;
         if (report != nullptr) {
             report->keys.add(found.keys);
@@ -247,21 +260,16 @@ public:
 
     /// A workspace large enough for every layer: reading with it allocates nothing.
     /// Errors: `out_of_memory`.
-    [[nodiscard]] result<kv_workspace> make_workspace() const {
-        kv_workspace workspace;
-        for (const layer_record& record : layers_) {
-            for (const detail::cache_side* side : {&record.keys, &record.values}) {
-                if (status grown = side->reserve(workspace, all_tokens); !grown) {
-                    return grown.error();
-                }
-            }
-        }
-        return workspace;
-    }
+    [[nodiscard]] result<kv_workspace> make_workspace() const { return make_workspace(serial_executor()); }
 
-    /// Makes room for `tokens` tokens in all, in every layer; appends allocate nothing until then.
+    /// Makes room for `tokens` tokens in all, in every layer; appends (with no more workers than these) allocate
+    /// nothing until then.
     /// Errors: `out_of_memory`. Complexity: O(pages held and new).
-    [[nodiscard]] status reserve(std::size_t tokens) {
+    [[nodiscard]] status reserve(std::size_t tokens, const executor& workers = serial_executor()) {
+        kv_workspace larger;
+        if (status grown = grow(larger, workers); !grown) {
+            return grown;
+        }
         auto prepared = detail::nothrow_array<detail::page_table::growth>::allocate(layers());
         if (!prepared) {
             return prepared.error();
@@ -277,6 +285,7 @@ public:
         for (std::size_t i = 0; i < layers(); ++i) {
             layers_[i].pages.adopt(std::move(growths[i]));
         }
+        adopt(std::move(larger), workers);
         return {};
     }
 
@@ -371,6 +380,37 @@ private:
 
     kv_cache() = default;
 
+    [[nodiscard]] result<kv_workspace> make_workspace(const executor& workers) const {
+        kv_workspace workspace;
+        for (const layer_record& record : layers_) {
+            for (const detail::cache_side* side : {&record.keys, &record.values}) {
+                if (status grown = side->reserve(workspace, all_tokens, workers); !grown) {
+                    return grown.error();
+                }
+            }
+        }
+        return workspace;
+    }
+    /// Makes `larger` a workspace for these workers if the cache's own is too small for them.
+    [[nodiscard]] status grow(kv_workspace& larger, const executor& workers) const {
+        if (workers.concurrency() <= workers_) {
+            return {};
+        }
+        auto made = make_workspace(workers);
+        if (!made) {
+            return made.error();
+        }
+        larger = std::move(made).value();
+        return {};
+    }
+    /// Takes what `grow` has made, if anything.
+    void adopt(kv_workspace larger, const executor& workers) noexcept {
+        if (larger.bytes() != 0) {
+            workspace_ = std::move(larger);
+            workers_ = workers.concurrency();
+        }
+    }
+
     [[nodiscard]] status check_layer(std::size_t layer) const {
         if (layer >= layers()) {
             return error{error_code::invalid_argument,
@@ -434,7 +474,8 @@ private:
 
     std::size_t page_tokens_ = 1;
     detail::nothrow_array<layer_record> layers_;
-    kv_workspace workspace_;
+    kv_workspace workspace_;   // of appends
+    std::size_t workers_ = 1;  // for which it is large enough
     std::size_t codec_bytes_ = 0;
 };
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: MIT
 /// @file
 /// Instruction sets that the kernels know, what this machine has, and the environment variable `RVQKV_SIMD` that caps
-/// the choice (`generic`, `neon`, `avx2`, `avx512`).
+/// the choice (`generic`, `neon`, `avx2`, `avx512`,
+/// `avx512vnni`).
 #pragma once
 
 #include "rvqkv/core/config.hpp"
@@ -20,13 +21,14 @@ RVQKV_NAMESPACE_BEGIN
 
 /// Instruction sets in rising order of preference. Every level computes the same codes, bit for bit.
 enum class simd_level {
-    generic,  ///< Plain C++; runs anywhere.
-    neon,     ///< AArch64 Advanced SIMD.
-    avx2,     ///< AVX2, FMA and F16C (Intel Haswell, AMD Zen).
-    avx512,   ///< AVX-512 F, BW, DQ and VL (Intel Skylake-SP, AMD Zen 4).
+    generic,     ///< Plain C++; runs anywhere.
+    neon,        ///< AArch64 Advanced SIMD.
+    avx2,        ///< AVX2, FMA and F16C (Intel Haswell, AMD Zen).
+    avx512,      ///< AVX-512 F, BW, DQ and VL (Intel Skylake-SP).
+    avx512vnni,  ///< AVX-512 with VNNI: integer dot products (Intel Ice Lake, AMD Zen 4).
 };
 inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level::neon, simd_level::avx2,
-                                                 simd_level::avx512};
+                                                 simd_level::avx512, simd_level::avx512vnni};
 
 [[nodiscard]] constexpr std::string_view name_of(simd_level level) noexcept {
     switch (level) {
@@ -34,6 +36,7 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
         case simd_level::neon: return "neon";
         case simd_level::avx2: return "avx2";
         case simd_level::avx512: return "avx512";
+        case simd_level::avx512vnni: return "avx512vnni";
     }
     return "unknown";
 }
@@ -45,7 +48,8 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
         case simd_level::neon: return RVQKV_NEON != 0;
 #if RVQKV_X86
         case simd_level::avx2:
-        case simd_level::avx512: {
+        case simd_level::avx512:
+        case simd_level::avx512vnni: {
             // The builtin also asks the operating system (XCR0); it has no name for F16C on every compiler.
             unsigned eax = 0;
             unsigned ebx = 0;
@@ -56,12 +60,15 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
             if (level == simd_level::avx2) {
                 return avx2;
             }
-            return avx2 && __builtin_cpu_supports("avx512f") != 0 && __builtin_cpu_supports("avx512bw") != 0 &&
-                   __builtin_cpu_supports("avx512dq") != 0 && __builtin_cpu_supports("avx512vl") != 0;
+            const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") != 0 &&
+                                __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&
+                                __builtin_cpu_supports("avx512vl") != 0;
+            return level == simd_level::avx512 ? avx512 : avx512 && __builtin_cpu_supports("avx512vnni") != 0;
         }
 #else
         case simd_level::avx2:
-        case simd_level::avx512: return false;
+        case simd_level::avx512:
+        case simd_level::avx512vnni: return false;
 #endif
     }
     return false;
@@ -82,7 +89,7 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
             return level;
         }
         return error{error_code::invalid_argument,
-                     std::string("RVQKV_SIMD=") + wanted + ": not one of generic, neon, avx2, avx512"};
+                     std::string("RVQKV_SIMD=") + wanted + ": not one of generic, neon, avx2, avx512, avx512vnni"};
     }
     simd_level best = simd_level::generic;
     for (const simd_level level : all_simd_levels) {

@@ -9,13 +9,14 @@
 #include "rvqkv/core/tensor_view.hpp"
 #include "rvqkv/learn/clusters.hpp"
 #include "rvqkv/quantize/codebook.hpp"
-#include "rvqkv/quantize/residual_quantizer.hpp"
+#include "rvqkv/simd/kernels.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <string>
 #include <utility>
@@ -119,7 +120,7 @@ public:
     [[nodiscard]] const ema_config& config() const noexcept { return config_; }
     [[nodiscard]] const ema_state& state() const noexcept { return state_; }
     /// The codebook of the last step.
-    [[nodiscard]] const residual_codebook<>& codebook() const noexcept { return quantizer_.codebook(); }
+    [[nodiscard]] const residual_codebook<>& codebook() const noexcept { return book_; }
 
     /// One micro-batch: assigns every vector at every depth and adds the counted ones to the running averages.
     /// Shapes:     `vectors` `[n, dim]`, in place: what the last depth leaves stays in it; `mask` `[n]` (0: not
@@ -141,9 +142,27 @@ public:
         cluster_sums clusters;
         const float gain = static_cast<float>((1.0 - config_.decay) / config_.decay);
         const kernel_table& kernels = best_kernels();
+        // What is left to do of a depth after its search, put off until the rows are in cache for the next.
+        const auto finish = [&](std::size_t depth, std::size_t first, std::size_t last) {
+            kernels.float32_weights.subtract(vectors.row(first), last - first, vectors.stride,
+                                             codebook().weights(depth).data(), shape.dim, chosen.data() + first);
+            for (std::size_t i = first; i < last; ++i) {
+                if (!losses.empty()) {
+                    losses[i] += static_cast<float>(detail::squared_length(vectors.row(i), shape.dim) /
+                                                    static_cast<double>(shape.dim));
+                }
+                if (!codes.empty()) {
+                    codes[i * shape.depths + depth] = chosen[i];
+                }
+            }
+        };
         for (std::size_t depth = 0; depth < shape.depths; ++depth) {
-            assign_nearest(vectors, codebook().packed(depth), chosen, {}, workers);
-            clusters.collect(vectors, chosen, shape.codewords, mask, workers);
+            assign_and_sum(vectors, codebook().packed(depth), chosen, mask, clusters, workers,
+                           [&](std::size_t first, std::size_t last) {
+                               if (depth != 0) {
+                                   finish(depth - 1, first, last);
+                               }
+                           });
             float* const sizes = state_.cluster_sizes.data() + depth * shape.codewords;
             float* const sums = state_.embedding_sums.data() + depth * shape.codewords * shape.dim;
             for (std::size_t c = 0; c < shape.codewords; ++c) {
@@ -152,20 +171,9 @@ public:
             for (std::size_t i = 0; i < shape.codewords * shape.dim; ++i) {
                 sums[i] += gain * static_cast<float>(clusters.sums[i]);
             }
-            parallel_ranges(workers, vectors.rows, training_grain, [&](std::size_t first, std::size_t last) {
-                kernels.float32_weights.subtract(vectors.row(first), last - first, vectors.stride,
-                                                 codebook().weights(depth).data(), shape.dim, chosen.data() + first);
-                for (std::size_t i = first; i < last; ++i) {
-                    if (!losses.empty()) {
-                        losses[i] += static_cast<float>(detail::squared_norm({vectors.row(i), shape.dim}) /
-                                                        static_cast<double>(shape.dim));
-                    }
-                    if (!codes.empty()) {
-                        codes[i * shape.depths + depth] = chosen[i];
-                    }
-                }
-            });
         }
+        parallel_ranges(workers, vectors.rows, training_grain,
+                        [&](std::size_t first, std::size_t last) { finish(shape.depths - 1, first, last); });
     }
 
     /// The weight update. Every depth: sizes and sums decay by γ; with N the sum of the sizes, a codeword becomes its
@@ -175,47 +183,55 @@ public:
     /// Paper:      `weight_update` in vqllm/quantizer/quantize.py.
     [[nodiscard]] status step() {
         const codebook_shape shape = codebook().shape();
-        ema_state next = state_;
+        const std::size_t depth_size = shape.codewords * shape.dim;
+        std::vector<float> sizes(shape.codewords);
+        std::vector<float> sums(depth_size);
         for (std::size_t depth = 0; depth < shape.depths; ++depth) {
-            const std::span<float> sizes =
-                std::span(next.cluster_sizes).subspan(depth * shape.codewords, shape.codewords);
-            const std::span<float> sums =
-                std::span(next.embedding_sums)
-                    .subspan(depth * shape.codewords * shape.dim, shape.codewords * shape.dim);
-            const float decay = static_cast<float>(config_.decay);
-            for (float& size : sizes) {
-                size *= decay;
-            }
-            for (float& sum : sums) {
-                sum *= decay;
-            }
-            revive(sizes, sums, shape.dim);
-            double total = 0.0;
-            for (const float size : sizes) {
-                total += static_cast<double>(size);
-            }
+            // On copies: the averages must stay as they are until nothing can fail.
+            std::copy_n(state_.cluster_sizes.data() + depth * shape.codewords, shape.codewords, sizes.data());
+            std::copy_n(state_.embedding_sums.data() + depth * depth_size, depth_size, sums.data());
+            decay(sizes, sums);
+            const double total = std::accumulate(sizes.begin(), sizes.end(), 0.0);
             const double smoothing = total / (total + static_cast<double>(shape.codewords) * config_.epsilon);
             for (std::size_t c = 0; c < shape.codewords; ++c) {
-                const double size = (static_cast<double>(sizes[c]) + config_.epsilon) * smoothing;
-                for (std::size_t j = c * shape.dim; j < (c + 1) * shape.dim; ++j) {
-                    const double weight =
-                        std::clamp(static_cast<double>(sums[j]) / size, -config_.clamp, config_.clamp);
-                    next.weights[depth * shape.codewords * shape.dim + j] = static_cast<float>(weight);
+                const double share = 1.0 / ((static_cast<double>(sizes[c]) + config_.epsilon) * smoothing);
+                const float* const sum = sums.data() + c * shape.dim;
+                float* const weight = state_.weights.data() + depth * depth_size + c * shape.dim;
+                for (std::size_t j = 0; j < shape.dim; ++j) {
+                    const double mean = static_cast<double>(sum[j]) * share;
+                    weight[j] = static_cast<float>(std::min(std::max(mean, -config_.clamp), config_.clamp));
                 }
             }
         }
-        auto book = residual_codebook<>::create(shape, std::span<const float>(next.weights), codebook().metric());
+        auto book = residual_codebook<>::create(shape, std::span<const float>(state_.weights), codebook().metric());
         if (!book) {
+            const std::span<const float> before = codebook().weights();
+            std::copy(before.begin(), before.end(), state_.weights.begin());
             return book.error();
         }
-        quantizer_ = residual_quantizer<>(std::move(book).value());
-        state_ = std::move(next);
+        book_ = std::move(book).value();
+        for (std::size_t depth = 0; depth < shape.depths; ++depth) {
+            decay(std::span(state_.cluster_sizes).subspan(depth * shape.codewords, shape.codewords),
+                  std::span(state_.embedding_sums).subspan(depth * depth_size, depth_size));
+        }
         return {};
     }
 
 private:
     ema_trainer(residual_codebook<> book, ema_state state, const ema_config& config) noexcept
-        : quantizer_(std::move(book)), state_(std::move(state)), config_(config) {}
+        : book_(std::move(book)), state_(std::move(state)), config_(config) {}
+
+    /// One depth's running averages a step later.
+    void decay(std::span<float> sizes, std::span<float> sums) const noexcept {
+        const float kept = static_cast<float>(config_.decay);
+        for (float& size : sizes) {
+            size *= kept;
+        }
+        for (float& sum : sums) {
+            sum *= kept;
+        }
+        revive(sizes, sums, sums.size() / sizes.size());
+    }
 
     /// A codeword that too few vectors choose takes half of the largest cluster: both halves get half of its size and
     /// its sum, moved apart by a part in a thousand, as faiss splits clusters. The state stays one of averages.
@@ -240,7 +256,7 @@ private:
         }
     }
 
-    residual_quantizer<> quantizer_;
+    residual_codebook<> book_;
     ema_state state_;
     ema_config config_;
 };

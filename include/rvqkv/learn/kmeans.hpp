@@ -3,7 +3,6 @@
 /// K-means for one depth of a codebook.
 #pragma once
 
-#include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/parallel_for.hpp"
@@ -18,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <limits>
+#include <numeric>
 #include <span>
 #include <string>
 #include <string_view>
@@ -52,13 +52,12 @@ namespace detail {
 /// Picks indices with probability proportional to weights.
 class weighted_draw {
 public:
-    /// Errors: none; a total of 0 leaves `empty()`.
-    explicit weighted_draw(std::span<const double> weights) {
-        cumulative_.reserve(weights.size());
+    /// Adds up `weights` in place and keeps looking at them. A total of 0 leaves `empty()`.
+    explicit weighted_draw(std::span<double> weights) noexcept : cumulative_(weights) {
         double total = 0.0;
-        for (const double weight : weights) {
+        for (double& weight : weights) {
             total += std::max(weight, 0.0);
-            cumulative_.push_back(total);
+            weight = total;
         }
     }
     [[nodiscard]] bool empty() const noexcept { return cumulative_.empty() || !(cumulative_.back() > 0.0); }
@@ -70,17 +69,8 @@ public:
     }
 
 private:
-    std::vector<double> cumulative_;
+    std::span<const double> cumulative_;
 };
-
-inline double squared_distance(const float* a, const float* b, std::size_t dim) noexcept {
-    float sum = 0.0F;
-    for (std::size_t j = 0; j < dim; ++j) {
-        const float difference = a[j] - b[j];
-        sum += difference * difference;
-    }
-    return static_cast<double>(sum);
-}
 
 /// `codewords` distinct rows (Floyd's algorithm, in the order drawn).
 inline void start_from_samples(matrix_view<const float> x, std::size_t codewords, std::span<float> centroids,
@@ -100,6 +90,7 @@ inline void start_from_samples(matrix_view<const float> x, std::size_t codewords
 inline void start_plus_plus(matrix_view<const float> x, std::size_t codewords, std::span<float> centroids,
                             random_source& random, const executor& workers) {
     std::vector<double> nearest(x.rows, std::numeric_limits<double>::max());
+    std::vector<double> running(x.rows);
     std::size_t row = random.below(x.rows);
     for (std::size_t c = 0; c < codewords; ++c) {
         float* const centroid = centroids.data() + c * x.cols;
@@ -109,9 +100,39 @@ inline void start_plus_plus(matrix_view<const float> x, std::size_t codewords, s
                 nearest[i] = std::min(nearest[i], squared_distance(x.row(i), centroid, x.cols));
             }
         });
-        const weighted_draw draw(nearest);
+        std::copy(nearest.begin(), nearest.end(), running.begin());
+        const weighted_draw draw(running);
         row = draw.empty() ? random.below(x.rows) : draw.pick(random);
     }
+}
+
+/// Sum of the squared lengths of all rows.
+inline double squared_lengths(matrix_view<const float> x, const executor& workers) {
+    std::vector<double> parts(x.rows / training_grain + 1, 0.0);
+    parallel_ranges(workers, x.rows, training_grain, [&](std::size_t first, std::size_t last) {
+        double sum = 0.0;
+        for (std::size_t i = first; i < last; ++i) {
+            sum += squared_length(x.row(i), x.cols);
+        }
+        parts[first / training_grain] = sum;
+    });
+    return std::accumulate(parts.begin(), parts.end(), 0.0);
+}
+
+/// Squared error of all rows, whose squared lengths add up to `lengths`: with n vectors of sum s, a centroid c adds
+/// `n |c|^2 - 2 <c, s>` to these. So the error costs no pass over the rows.
+inline double squared_error(double lengths, const cluster_sums& clusters, std::span<const float> centroids) noexcept {
+    const std::size_t dim = centroids.size() / clusters.counts.size();
+    double error = lengths;
+    for (std::size_t c = 0; c < clusters.counts.size(); ++c) {
+        const float* const centroid = centroids.data() + c * dim;
+        double product = 0.0;
+        for (std::size_t j = 0; j < dim; ++j) {
+            product += static_cast<double>(centroid[j]) * clusters.sums[c * dim + j];
+        }
+        error += static_cast<double>(clusters.counts[c]) * squared_length(centroid, dim) - 2.0 * product;
+    }
+    return std::max(error, 0.0);
 }
 
 }  // namespace detail
@@ -122,10 +143,11 @@ inline void start_plus_plus(matrix_view<const float> x, std::size_t codewords, s
 /// Errors:     `invalid_argument` when there are fewer vectors than codewords or sizes disagree; then `centroids` are
 ///             as they were. Values must be finite.
 /// Returns:    what happened; `keep_going` false from `progress` stops after that iteration.
-/// Complexity: `iterations * n * codewords * dim` fused multiply-adds. Memory: 14 bytes for each vector beside `x`,
-///             and four times the centroids.
-/// Numerics:   the same centroids for a seed at every SIMD level and number of threads (`plus_plus`: on one
-///             compiler; its distances are plain float32 sums).
+/// Complexity: `iterations * n * codewords * dim` fused multiply-adds. Memory: 2 bytes for each vector beside `x` (10
+///             while codewords are placed anew, 16 in `plus_plus`), and six times the centroids.
+/// Numerics:   the same centroids for a seed at every SIMD level and number of threads (`plus_plus` and codewords
+///             placed anew: on one compiler, for it may fuse multiplications with additions). The error reported is a
+///             difference of sums of squares in double: exact to some 1e-16 of the mean square of `x`.
 /// Paper:      arXiv 2410.15704, section 3; reference code: `init_codebook` in vqllm/quantizer/quantize.py.
 [[nodiscard]] inline result<kmeans_report> kmeans(matrix_view<const float> x, std::size_t codewords,
                                                   std::span<float> centroids, const kmeans_config& config,
@@ -151,9 +173,8 @@ inline void start_plus_plus(matrix_view<const float> x, std::size_t codewords, s
         detail::start_from_samples(x, codewords, centroids, random);
     }
 
+    const double lengths = detail::squared_lengths(x, workers);
     std::vector<code_t> codes(x.rows);
-    std::vector<float> scores(x.rows);
-    std::vector<double> errors(x.rows);
     cluster_sums clusters;
     kmeans_report report;
     for (std::size_t iteration = 0; iteration < config.iterations; ++iteration) {
@@ -161,34 +182,31 @@ inline void start_plus_plus(matrix_view<const float> x, std::size_t codewords, s
         if (!book) {
             return book.error();
         }
-        assign_nearest(x, book.value().packed(0), codes, scores, workers);
-        parallel_ranges(workers, x.rows, training_grain, [&](std::size_t first, std::size_t last) {
-            for (std::size_t i = first; i < last; ++i) {
-                errors[i] = detail::squared_distance(x.row(i), centroids.data() + codes[i] * x.cols, x.cols);
-            }
-        });
-        double total = 0.0;
-        for (const double squared : errors) {
-            total += squared;
-        }
-        report.mean_squared_error = total / (static_cast<double>(x.rows) * static_cast<double>(x.cols));
-        clusters.collect(x, codes, codewords, {}, workers);
-        for (std::size_t c = 0; c < codewords; ++c) {
-            if (clusters.counts[c] == 0) {
-                continue;
-            }
-            for (std::size_t j = 0; j < x.cols; ++j) {
-                const std::size_t at = c * x.cols + j;
-                centroids[at] = static_cast<float>(clusters.sums[at] / static_cast<double>(clusters.counts[c]));
-            }
-        }
-        if (std::find(clusters.counts.begin(), clusters.counts.end(), std::size_t{0}) != clusters.counts.end()) {
-            const detail::weighted_draw draw(errors);
-            for (std::size_t c = 0; c < codewords && !draw.empty(); ++c) {
-                if (clusters.counts[c] == 0) {
-                    std::copy_n(x.row(draw.pick(random)), x.cols, centroids.data() + c * x.cols);
-                    ++report.reseeded;
+        assign_and_sum(x, book.value().packed(0), codes, {}, clusters, workers, [](std::size_t, std::size_t) {});
+        report.mean_squared_error = detail::squared_error(lengths, clusters, centroids) /
+                                    (static_cast<double>(x.rows) * static_cast<double>(x.cols));
+        const bool some_empty =
+            std::find(clusters.counts.begin(), clusters.counts.end(), std::size_t{0}) != clusters.counts.end();
+        std::vector<double> errors;
+        if (some_empty) {
+            errors.resize(x.rows);
+            parallel_ranges(workers, x.rows, training_grain, [&](std::size_t first, std::size_t last) {
+                for (std::size_t i = first; i < last; ++i) {
+                    errors[i] = detail::squared_distance(x.row(i), centroids.data() + codes[i] * x.cols, x.cols);
                 }
+            });
+        }
+        const detail::weighted_draw draw(errors);
+        for (std::size_t c = 0; c < codewords; ++c) {
+            float* const centroid = centroids.data() + c * x.cols;
+            if (clusters.counts[c] != 0) {
+                for (std::size_t j = 0; j < x.cols; ++j) {
+                    centroid[j] =
+                        static_cast<float>(clusters.sums[c * x.cols + j] / static_cast<double>(clusters.counts[c]));
+                }
+            } else if (!draw.empty()) {
+                std::copy_n(x.row(draw.pick(random)), x.cols, centroid);
+                ++report.reseeded;
             }
         }
         if (progress && !progress({iteration + 1, config.iterations, 0, report.mean_squared_error})) {

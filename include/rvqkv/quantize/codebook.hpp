@@ -8,6 +8,7 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/half.hpp"
+#include "rvqkv/quantize/integer_copies.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 
 #include <algorithm>
@@ -107,6 +108,18 @@ public:
         for (std::size_t depth = 0; depth < shape.depths; ++depth) {
             book.build_search_layout(depth);
         }
+        if (integer_copies::wanted(shape.codewords, shape.dim)) {
+            auto integers = integer_copies::create(shape.depths, shape.codewords, shape.dim);
+            if (!integers) {
+                return integers.error();
+            }
+            book.integers_ = std::move(integers).value();
+            for (std::size_t depth = 0; depth < shape.depths; ++depth) {
+                if (status failed = book.integers_.build(depth, book.packed(depth)); !failed) {
+                    return failed.error();
+                }
+            }
+        }
         return book;
     }
 
@@ -134,11 +147,17 @@ public:
     [[nodiscard]] packed_codebook packed(std::size_t depth) const noexcept {
         RVQKV_ASSERT(depth < depths());
         const std::size_t lanes = blocks() * search_block;
-        return {interleaved_.data() + depth * lanes * dim(), offsets_.data() + depth * lanes, codewords(), dim()};
+        return {interleaved_.data() + depth * lanes * dim(),
+                offsets_.data() + depth * lanes,
+                codewords(),
+                dim(),
+                integers_.view(depth),
+                distance_ == distance::euclidean ? weights(depth).data() : nullptr,
+                dtype_of<Weight>};
     }
-    /// Bytes held: weights and search layout.
+    /// Bytes held: weights, search layout, and on machines that search by them integer copies.
     [[nodiscard]] std::size_t bytes() const noexcept {
-        return weights_.bytes() + interleaved_.bytes() + offsets_.bytes();
+        return weights_.bytes() + interleaved_.bytes() + offsets_.bytes() + integers_.bytes();
     }
     /// Bytes of the weights alone: what a file holds, and what a reader that never encodes needs.
     [[nodiscard]] std::size_t weight_bytes() const noexcept { return weights_.bytes(); }
@@ -205,6 +224,7 @@ private:
     aligned_buffer<Weight> weights_;
     aligned_buffer<float> interleaved_;
     aligned_buffer<float> offsets_;
+    integer_copies integers_;
 };
 
 RVQKV_NAMESPACE_END

@@ -8,6 +8,7 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/half.hpp"
+#include "rvqkv/core/parallel_for.hpp"
 #include "rvqkv/core/tensor_view.hpp"
 #include "rvqkv/quantize/codebook.hpp"
 #include "rvqkv/quantize/grouping.hpp"
@@ -91,7 +92,8 @@ public:
 
     /// @copydoc vector_quantizer::encode
     [[nodiscard]] virtual status encode(const tensor_view& x, mutable_encoded_view out, quantizer_workspace& workspace,
-                                        encode_report* report = nullptr) const = 0;
+                                        encode_report* report = nullptr,
+                                        const executor& workers = serial_executor()) const = 0;
     /// @copydoc vector_quantizer::decode
     [[nodiscard]] virtual status decode(encoded_view in, const mutable_tensor_view& out, std::size_t depths,
                                         quantizer_workspace& workspace) const = 0;
@@ -125,8 +127,8 @@ public:
     [[nodiscard]] const Quantizer& quantizer() const noexcept { return quantizer_; }
 
     [[nodiscard]] status encode(const tensor_view& x, mutable_encoded_view out, quantizer_workspace& workspace,
-                                encode_report* report) const override {
-        return quantizer_.encode(x, out, workspace, report);
+                                encode_report* report, const executor& workers) const override {
+        return quantizer_.encode(x, out, workspace, report, workers);
     }
     [[nodiscard]] status decode(encoded_view in, const mutable_tensor_view& out, std::size_t depths,
                                 quantizer_workspace& workspace) const override {

@@ -8,6 +8,7 @@
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
+#include "rvqkv/core/parallel_for.hpp"
 #include "rvqkv/core/tensor_view.hpp"
 #include "rvqkv/quantize/codebook.hpp"
 #include "rvqkv/quantize/grouping.hpp"
@@ -18,7 +19,9 @@
 #include "rvqkv/simd/kernels.hpp"
 
 #include <algorithm>
+#include <atomic>
 #include <cstddef>
+#include <mutex>
 #include <string>
 #include <utility>
 
@@ -43,16 +46,27 @@ struct encode_report {
         nonfinite_values += found.nonfinite_values;
         nonfinite_rows += found.nonfinite_rows;
     }
+    /// Adds what was found in other tokens of the same call, earlier or later ones.
+    void merge(encode_report found) noexcept {
+        const bool earlier =
+            found.first_token != first_token ? found.first_token < first_token : found.first_head < first_head;
+        if (found.nonfinite_rows != 0 && earlier) {
+            std::swap(found, *this);
+        }
+        add(found);
+    }
 };
 
-/// Scratch memory of encode and decode, reused from call to call. Threads: one per thread.
+/// Scratch memory of encode and decode, reused from call to call. Threads: one for each caller; a call that is split
+/// over threads shares its own out among them.
 struct quantizer_workspace {
     aligned_buffer<float> floats;
     [[nodiscard]] std::size_t bytes() const noexcept { return floats.bytes(); }
-    /// Makes room for what a `vector_quantizer` needs for `rows` head vectors at a time: they, and one more.
+    /// Makes room for what a `vector_quantizer` needs for `rows` head vectors at a time, they and one more, in each of
+    /// `tasks` that run at once.
     /// Errors: `out_of_memory`, and it is as it was.
-    [[nodiscard]] status reserve(std::size_t rows, std::size_t head_dim) {
-        return floats.reserve((1 + rows) * head_dim);
+    [[nodiscard]] status reserve(std::size_t rows, std::size_t head_dim, std::size_t tasks = 1) {
+        return floats.reserve(tasks * (1 + rows) * head_dim);
     }
 };
 
@@ -103,36 +117,49 @@ public:
 
     /// Encodes every head of every token.
     /// Shapes:     `x` `[token, head, head_dim]`, any type and strides; `out` sized for its rows.
-    /// Errors:     `invalid_argument` when `x.channels() != head_dim()`; `out_of_memory` when the workspace cannot
-    ///             grow (it never does after one call as large); `out` is untouched then. NaNs and infinities are
-    ///             encoded as 0 and counted in `report`; other vectors are not affected.
-    /// Complexity: `rows * groups * depths * codewords * dim` fused multiply-adds.
-    /// Numerics:   the same codes at every SIMD level and however calls are split.
+    /// Errors:     `invalid_argument` when `x.channels() != head_dim()` or there is no place for the scales;
+    ///             `out_of_memory` when the workspace cannot grow (it never does after one call as large, with as many
+    ///             workers); `out` is untouched then. NaNs and infinities are encoded as 0 and counted in `report`;
+    ///             other vectors are not affected.
+    /// Threads:    none of its own; with `workers`, many rows (a prompt) are split over them, and few are not.
+    /// Complexity: `rows * groups * depths * codewords * dim` fused multiply-adds. Memory: 256 KiB for each worker.
+    /// Numerics:   the same codes at every SIMD level, with any workers and however calls are split.
     [[nodiscard]] status encode(const tensor_view& x, mutable_encoded_view out, quantizer_workspace& workspace,
                                 encode_report* report = nullptr, const kernel_table& kernels = best_kernels()) const {
-        if (status wrong = check(x.channels(), "input", x.rows(), workspace); !wrong) {
+        return encode(x, out, workspace, report, serial_executor(), kernels);
+    }
+    [[nodiscard]] status encode(const tensor_view& x, mutable_encoded_view out, quantizer_workspace& workspace,
+                                encode_report* report, const executor& workers,
+                                const kernel_table& kernels = best_kernels()) const {
+        if (status wrong = check(x.channels(), "input"); !wrong) {
             return wrong;
         }
-        float* const channels = workspace.floats.data();
-        float* const grouped = channels + head_dim();
         const std::size_t rows = x.rows();
-        for (std::size_t first = 0; first < rows; first += chunk_rows()) {
-            const std::size_t count = std::min(chunk_rows(), rows - first);
-            for (std::size_t i = 0; i < count; ++i) {
-                const std::size_t token = (first + i) / x.heads();
-                const std::size_t head = (first + i) % x.heads();
-                load_row(x, token, head, channels, kernels);
-                std::size_t nonfinite = 0;
-                const float scale = transform_.apply(channels, grouped + i * head_dim(), nonfinite);
-                if (out.scales != nullptr) {
-                    out.scales[first + i] = scale;
-                }
-                if (nonfinite != 0 && report != nullptr) {
-                    report->add({nonfinite, 1, token, head});
-                }
+        if (out.scales == nullptr && stores_scale() && rows != 0) {
+            return missing_scales();
+        }
+        const std::size_t tasks =
+            std::max<std::size_t>(1, std::min(workers.concurrency(), rows * groups() / least_task_vectors));
+        const std::size_t chunk = std::min(chunk_rows(), (rows + tasks - 1) / tasks);
+        if (status grown = workspace.reserve(chunk, head_dim(), tasks); !grown) {
+            return grown;
+        }
+        encode_report found;
+        std::mutex found_mutex;
+        std::atomic<std::size_t> next{0};
+        parallel_for(workers, tasks, [&](std::size_t task) {
+            float* const scratch = workspace.floats.data() + task * (1 + chunk) * head_dim();
+            encode_report mine;
+            for (std::size_t first = next.fetch_add(chunk); first < rows; first = next.fetch_add(chunk)) {
+                encode_rows(x, first, std::min(chunk, rows - first), out, scratch, mine, kernels);
             }
-            quantizer_.encode({grouped, count * groups(), codebook().dim()},
-                              out.codes + first * groups() * out.strides.vector, out.strides, {}, kernels);
+            if (mine.nonfinite_rows != 0) {
+                const std::lock_guard lock(found_mutex);
+                found.merge(mine);
+            }
+        });
+        if (report != nullptr) {
+            report->add(found);
         }
         return {};
     }
@@ -140,7 +167,7 @@ public:
     /// Reconstructs every head of every token from the first `depths` depths.
     /// Shapes:     `in` holds `out.rows()` rows; `out` `[token, head, head_dim]`, any type and strides.
     /// Errors:     `invalid_argument` when `out.channels() != head_dim()`, `depths` exceeds the codebook's, or a scale
-    ///             is missing; `out_of_memory` as in `encode`. Nothing is written then.
+    ///             is missing; `out_of_memory` when the workspace cannot grow. Nothing is written then.
     /// Preconditions: every code is below `codewords`.
     /// Numerics:   float32 sum of codewords, times the scale, rounded once to the type of `out`.
     [[nodiscard]] status decode(encoded_view in, const mutable_tensor_view& out, std::size_t depths,
@@ -149,13 +176,14 @@ public:
             return error{error_code::invalid_argument, "depths to decode is " + std::to_string(depths) +
                                                            ", the codebook has " + std::to_string(codebook().depths())};
         }
-        if (in.scales == nullptr && stores_scale()) {
-            return error{
-                error_code::invalid_argument,
-                "scales are missing: the " + std::string(transform_.scale().name()) + " policy stores one per vector"};
-        }
-        if (status wrong = check(out.channels(), "output", out.rows(), workspace); !wrong) {
+        if (status wrong = check(out.channels(), "output"); !wrong) {
             return wrong;
+        }
+        if (in.scales == nullptr && stores_scale() && out.rows() != 0) {
+            return missing_scales();
+        }
+        if (status grown = workspace.reserve(std::min(out.rows(), chunk_rows()), head_dim()); !grown) {
+            return grown;
         }
         float* const channels = workspace.floats.data();
         float* const grouped = channels + head_dim();
@@ -177,18 +205,47 @@ private:
     vector_quantizer(transform_type transform, Book book) noexcept
         : transform_(std::move(transform)), quantizer_(std::move(book)) {}
 
+    /// Vectors below which another task costs more than it saves: its thread reads the whole codebook, too.
+    static constexpr std::size_t least_task_vectors = 64;
+
     /// Rows that are encoded together.
     [[nodiscard]] std::size_t chunk_rows() const noexcept {
         return std::max<std::size_t>(1, block_values / head_dim());
     }
 
-    status check(std::size_t channels, const char* what, std::size_t rows, quantizer_workspace& workspace) const {
+    /// `scratch` holds `count` rows, and one more.
+    void encode_rows(const tensor_view& x, std::size_t first, std::size_t count, mutable_encoded_view out,
+                     float* scratch, encode_report& found, const kernel_table& kernels) const {
+        float* const channels = scratch;
+        float* const grouped = channels + head_dim();
+        for (std::size_t i = 0; i < count; ++i) {
+            const std::size_t token = (first + i) / x.heads();
+            const std::size_t head = (first + i) % x.heads();
+            load_row(x, token, head, channels, kernels);
+            std::size_t nonfinite = 0;
+            const float scale = transform_.apply(channels, grouped + i * head_dim(), nonfinite);
+            if (out.scales != nullptr) {
+                out.scales[first + i] = scale;
+            }
+            if (nonfinite != 0) {
+                found.add({nonfinite, 1, token, head});
+            }
+        }
+        quantizer_.encode({grouped, count * groups(), codebook().dim()},
+                          out.codes + first * groups() * out.strides.vector, out.strides, {}, kernels);
+    }
+
+    [[nodiscard]] status check(std::size_t channels, const char* what) const {
         if (channels != head_dim()) {
             return error{error_code::invalid_argument, std::string(what) + " has " + std::to_string(channels) +
                                                            " channels per head, this quantizer was made for head_dim " +
                                                            std::to_string(head_dim())};
         }
-        return workspace.reserve(std::min(rows, chunk_rows()), head_dim());
+        return {};
+    }
+    [[nodiscard]] status missing_scales() const {
+        return error{error_code::invalid_argument, "scales are missing: the " + std::string(transform_.scale().name()) +
+                                                       " policy stores one per vector"};
     }
 
     transform_type transform_;

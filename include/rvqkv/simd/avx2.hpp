@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
 RVQKV_TARGET_BEGIN("avx2,fma,f16c")
@@ -18,9 +19,13 @@ namespace avx2 {
 
 inline constexpr simd_level level = simd_level::avx2;
 inline constexpr int lanes = 8;
+inline constexpr int tile_side = 3;
+inline constexpr int tile_sums = 12;
 inline constexpr int tile_rows = 6;
-inline constexpr int tile_registers = 2;  // 6 x 2 sums + 2 codewords + 1 row value of 16 registers
+inline constexpr int tile_registers = 2;
 using reg = __m256;
+using ireg = __m256i;
+using mask = __m256;
 
 inline reg load(const float* from) {
     return _mm256_loadu_ps(from);
@@ -48,11 +53,19 @@ inline void store(bfloat16* to, reg value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
                      _mm_packus_epi32(_mm256_castsi256_si128(upper), _mm256_extracti128_si256(upper, 1)));
 }
+/// The value, in a register from here on: GCC 12 would read it anew from memory for each use.
+inline reg keep(reg value) {
+    asm("" : "+x"(value));
+    return value;
+}
 inline reg broadcast(const float* from) {
     return _mm256_broadcast_ss(from);
 }
 inline reg fma(reg a, reg b, reg c) {
     return _mm256_fmadd_ps(a, b, c);
+}
+inline float fma(float a, float b, float c) {
+    return __builtin_fmaf(a, b, c);
 }
 inline reg add(reg a, reg b) {
     return _mm256_add_ps(a, b);
@@ -60,15 +73,54 @@ inline reg add(reg a, reg b) {
 inline reg subtract(reg a, reg b) {
     return _mm256_sub_ps(a, b);
 }
-/// Where `score` beats `best`, takes it and notes the block. Both are 32-byte aligned.
-inline void keep_greater(reg score, std::int32_t block, float* best, std::int32_t* best_block) {
-    const __m256 held = _mm256_load_ps(best);
-    const __m256 better = _mm256_cmp_ps(score, held, _CMP_GT_OQ);
-    _mm256_store_ps(best, _mm256_blendv_ps(held, score, better));
-    const __m256 held_block = _mm256_castsi256_ps(_mm256_load_si256(reinterpret_cast<const __m256i*>(best_block)));
-    const __m256 new_block = _mm256_castsi256_ps(_mm256_set1_epi32(block));
-    _mm256_store_si256(reinterpret_cast<__m256i*>(best_block),
-                       _mm256_castps_si256(_mm256_blendv_ps(held_block, new_block, better)));
+inline ireg load(const std::int32_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+inline void store(std::int32_t* to, ireg value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), value);
+}
+inline ireg broadcast(std::int32_t value) {
+    return _mm256_set1_epi32(value);
+}
+inline mask greater(reg a, reg b) {
+    return _mm256_cmp_ps(a, b, _CMP_GT_OQ);
+}
+inline reg select(mask where, reg yes, reg no) {
+    return _mm256_blendv_ps(no, yes, where);
+}
+/// Bit `i` says lane `i`.
+inline unsigned bits(mask where) {
+    return static_cast<unsigned>(_mm256_movemask_ps(where));
+}
+/// Where `score` beats `best`, takes it and notes the code. The maximum gives `best` for a NaN and for a tie.
+inline void keep_greater(reg score, ireg code, reg& best, ireg& best_code) {
+    const __m256i better = _mm256_castps_si256(_mm256_cmp_ps(score, best, _CMP_GT_OQ));
+    best_code = _mm256_blendv_epi8(best_code, code, better);
+    best = _mm256_max_ps(score, best);
+}
+inline ireg add(ireg a, ireg b) {
+    return _mm256_add_epi32(a, b);
+}
+inline void store(code_t* to, ireg value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packus_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1)));
+}
+/// Four neighbouring channels of 8 rows.
+inline void transpose(const float* from, std::size_t stride, float* to, std::size_t to_stride) {
+    reg rows[4];
+    RVQKV_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const float* const row = from + static_cast<std::size_t>(i) * stride;
+        rows[i] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row)), _mm_loadu_ps(row + 4 * stride), 1);
+    }
+    const __m256d low01 = _mm256_castps_pd(_mm256_unpacklo_ps(rows[0], rows[1]));
+    const __m256d high01 = _mm256_castps_pd(_mm256_unpackhi_ps(rows[0], rows[1]));
+    const __m256d low23 = _mm256_castps_pd(_mm256_unpacklo_ps(rows[2], rows[3]));
+    const __m256d high23 = _mm256_castps_pd(_mm256_unpackhi_ps(rows[2], rows[3]));
+    store(to, _mm256_castpd_ps(_mm256_unpacklo_pd(low01, low23)));
+    store(to + to_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(low01, low23)));
+    store(to + 2 * to_stride, _mm256_castpd_ps(_mm256_unpacklo_pd(high01, high23)));
+    store(to + 3 * to_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23)));
 }
 
 #include "rvqkv/simd/kernels.inl"

@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
 RVQKV_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -18,9 +19,13 @@ namespace avx512 {
 
 inline constexpr simd_level level = simd_level::avx512;
 inline constexpr int lanes = 16;
+inline constexpr int tile_side = 4;
+inline constexpr int tile_sums = 16;
 inline constexpr int tile_rows = 4;
-inline constexpr int tile_registers = 4;  // 4 x 4 sums + 4 codewords of 32 registers; rows come from memory
+inline constexpr int tile_registers = 4;
 using reg = __m512;
+using ireg = __m512i;
+using mask = __mmask16;
 
 // Shifts and conversions are used in their masked form with all lanes on: the same instruction, but GCC 12 takes the
 // plain forms' unused source register for uninitialized and warns.
@@ -52,11 +57,19 @@ inline void store(bfloat16* to, reg value) {
     const __m512i upper = _mm512_maskz_srli_epi32(all, _mm512_mask_mov_epi32(rounded, is_nan, quiet), 16);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(all, upper));
 }
+/// The value, in a register from here on: GCC 12 would read it anew from memory for each use.
+inline reg keep(reg value) {
+    asm("" : "+v"(value));
+    return value;
+}
 inline reg broadcast(const float* from) {
     return _mm512_set1_ps(*from);
 }
 inline reg fma(reg a, reg b, reg c) {
     return _mm512_fmadd_ps(a, b, c);
+}
+inline float fma(float a, float b, float c) {
+    return __builtin_fmaf(a, b, c);
 }
 inline reg add(reg a, reg b) {
     return _mm512_add_ps(a, b);
@@ -64,13 +77,55 @@ inline reg add(reg a, reg b) {
 inline reg subtract(reg a, reg b) {
     return _mm512_sub_ps(a, b);
 }
-/// Where `score` beats `best`, takes it and notes the block. Both are 64-byte aligned.
-inline void keep_greater(reg score, std::int32_t block, float* best, std::int32_t* best_block) {
-    const __m512 held = _mm512_load_ps(best);
-    const __mmask16 better = _mm512_cmp_ps_mask(score, held, _CMP_GT_OQ);
-    _mm512_store_ps(best, _mm512_mask_mov_ps(held, better, score));
-    _mm512_store_si512(best_block,
-                       _mm512_mask_mov_epi32(_mm512_load_si512(best_block), better, _mm512_set1_epi32(block)));
+inline ireg load(const std::int32_t* from) {
+    return _mm512_loadu_si512(from);
+}
+inline void store(std::int32_t* to, ireg value) {
+    _mm512_storeu_si512(to, value);
+}
+inline ireg broadcast(std::int32_t value) {
+    return _mm512_set1_epi32(value);
+}
+inline mask greater(reg a, reg b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ);
+}
+inline reg select(mask where, reg yes, reg no) {
+    return _mm512_mask_mov_ps(no, where, yes);
+}
+/// Bit `i` says lane `i`.
+inline unsigned bits(mask where) {
+    return where;
+}
+/// Where `score` beats `best`, takes it and notes the code. The maximum gives `best` for a NaN and for a tie.
+inline void keep_greater(reg score, ireg code, reg& best, ireg& best_code) {
+    best_code = _mm512_mask_mov_epi32(best_code, _mm512_cmp_ps_mask(score, best, _CMP_GT_OQ), code);
+    best = _mm512_maskz_max_ps(all, score, best);
+}
+inline ireg add(ireg a, ireg b) {
+    return _mm512_add_epi32(a, b);
+}
+inline void store(code_t* to, ireg value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(all, value));
+}
+/// Four neighbouring channels of 16 rows.
+inline void transpose(const float* from, std::size_t stride, float* to, std::size_t to_stride) {
+    reg rows[4];
+    RVQKV_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        const float* const row = from + static_cast<std::size_t>(i) * stride;
+        rows[i] = _mm512_castps128_ps512(_mm_loadu_ps(row));
+        rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x00f0, _mm_loadu_ps(row + 4 * stride));
+        rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x0f00, _mm_loadu_ps(row + 8 * stride));
+        rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0xf000, _mm_loadu_ps(row + 12 * stride));
+    }
+    const __m512d low01 = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, rows[0], rows[1]));
+    const __m512d high01 = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, rows[0], rows[1]));
+    const __m512d low23 = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, rows[2], rows[3]));
+    const __m512d high23 = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, rows[2], rows[3]));
+    store(to, _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, low01, low23)));
+    store(to + to_stride, _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, low01, low23)));
+    store(to + 2 * to_stride, _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, high01, high23)));
+    store(to + 3 * to_stride, _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, high01, high23)));
 }
 
 #include "rvqkv/simd/kernels.inl"

@@ -11,16 +11,25 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
 namespace generic {
 
 inline constexpr simd_level level = simd_level::generic;
 inline constexpr int lanes = 16;
+inline constexpr int tile_side = 1;
+inline constexpr int tile_sums = 4;
 inline constexpr int tile_rows = 1;
 inline constexpr int tile_registers = 1;
 struct reg {
     float lane[lanes];
+};
+struct ireg {
+    std::int32_t lane[lanes];
+};
+struct mask {
+    bool lane[lanes];
 };
 
 /// `a * b + c` rounded once, on any machine. Where the target has the instruction the compiler uses it; elsewhere a
@@ -58,6 +67,9 @@ inline void store(T* to, const reg& value) {
         to[i] = float_to<T>(value.lane[i]);
     }
 }
+inline const reg& keep(const reg& value) {
+    return value;
+}
 inline reg broadcast(const float* from) {
     reg value;
     for (float& lane : value.lane) {
@@ -71,6 +83,9 @@ inline reg fma(const reg& a, const reg& b, const reg& c) {
         value.lane[i] = fused_multiply_add(a.lane[i], b.lane[i], c.lane[i]);
     }
     return value;
+}
+inline float fma(float a, float b, float c) {
+    return fused_multiply_add(a, b, c);
 }
 inline reg add(const reg& a, const reg& b) {
     reg value;
@@ -86,12 +101,72 @@ inline reg subtract(const reg& a, const reg& b) {
     }
     return value;
 }
-/// Where `score` beats `best`, takes it and notes the block.
-inline void keep_greater(const reg& score, std::int32_t block, float* best, std::int32_t* best_block) {
+inline ireg load(const std::int32_t* from) {
+    ireg value;
     for (int i = 0; i < lanes; ++i) {
-        const bool better = score.lane[i] > best[i];
-        best[i] = better ? score.lane[i] : best[i];
-        best_block[i] = better ? block : best_block[i];
+        value.lane[i] = from[i];
+    }
+    return value;
+}
+inline void store(std::int32_t* to, const ireg& value) {
+    for (int i = 0; i < lanes; ++i) {
+        to[i] = value.lane[i];
+    }
+}
+inline ireg broadcast(std::int32_t from) {
+    ireg value;
+    for (std::int32_t& lane : value.lane) {
+        lane = from;
+    }
+    return value;
+}
+inline mask greater(const reg& a, const reg& b) {
+    mask value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = a.lane[i] > b.lane[i];
+    }
+    return value;
+}
+inline reg select(const mask& where, const reg& yes, const reg& no) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = where.lane[i] ? yes.lane[i] : no.lane[i];
+    }
+    return value;
+}
+/// Bit `i` says lane `i`.
+inline unsigned bits(const mask& where) {
+    unsigned value = 0;
+    for (int i = 0; i < lanes; ++i) {
+        value |= where.lane[i] ? 1U << static_cast<unsigned>(i) : 0U;
+    }
+    return value;
+}
+/// Where `score` beats `best`, takes it and notes the code.
+inline void keep_greater(const reg& score, const ireg& code, reg& best, ireg& best_code) {
+    for (int i = 0; i < lanes; ++i) {
+        const bool better = score.lane[i] > best.lane[i];
+        best.lane[i] = better ? score.lane[i] : best.lane[i];
+        best_code.lane[i] = better ? code.lane[i] : best_code.lane[i];
+    }
+}
+inline ireg add(const ireg& a, const ireg& b) {
+    ireg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = a.lane[i] + b.lane[i];
+    }
+    return value;
+}
+inline void store(code_t* to, const ireg& value) {
+    for (int i = 0; i < lanes; ++i) {
+        to[i] = static_cast<code_t>(value.lane[i]);
+    }
+}
+inline void transpose(const float* from, std::size_t stride, float* to, std::size_t to_stride) {
+    for (std::size_t j = 0; j < 4; ++j) {
+        for (std::size_t i = 0; i < static_cast<std::size_t>(lanes); ++i) {
+            to[j * to_stride + i] = from[i * stride + j];
+        }
     }
 }
 

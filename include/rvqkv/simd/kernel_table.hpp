@@ -10,6 +10,7 @@
 #include "rvqkv/core/simd_level.hpp"
 
 #include <cstddef>
+#include <cstdint>
 #include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
@@ -17,12 +18,46 @@ RVQKV_NAMESPACE_BEGIN
 /// Codewords that stand side by side in the search layout, whatever the register width.
 inline constexpr std::size_t search_block = 16;
 
+/// Codewords that stand together in the integer copies of a codebook: four blocks of the search layout.
+inline constexpr std::size_t integer_group = 4 * search_block;
+/// Channels up to which there are integer copies.
+inline constexpr std::size_t most_integer_dim = 256;
+/// Channels of the 16-bit copy: whole registers, zeros at the end.
+[[nodiscard]] constexpr std::size_t integer_fine_dim(std::size_t dim) noexcept {
+    return (dim + 31) / 32 * 32;
+}
+
+/// Integer copies of one depth's codebook, for levels that find the nearest codeword by them and settle it in float32.
+/// The codewords are shifted by `center` and sorted into groups that have much in common: each has its own step.
+/// Place `64 g + 16 w + l` is lane `l` of block `w` of group `g`; its "quad" is `16 g + l`: the four blocks' codewords.
+struct integer_codebook {
+    const std::uint8_t* coarse = nullptr;   ///< `[groups, dim / 4, 64, 4]`: 128 + weight / coarse_steps.
+    const float* coarse_offsets = nullptr;  ///< `[groups, 64]`: offsets of the shifted codewords / coarse_steps.
+    const float* coarse_steps = nullptr;    ///< `[groups]`
+    const float* coarse_errors = nullptr;   ///< `[groups]`: largest length of codeword - coarse copy.
+    const float* norms = nullptr;           ///< `[groups]`: largest length of a codeword that is rounded.
+    const float* group_centers = nullptr;   ///< `[groups / 16, dim, 16]`: subtracted from a group before it is rounded
+                                           ///< to eight bits; null for none.
+    const std::int16_t* fine = nullptr;   ///< `[quads, 4, integer_fine_dim]`: weight / fine_step.
+    const float* fine_offsets = nullptr;  ///< `[quads, 4]`: offsets of the shifted codewords.
+    const code_t* codes = nullptr;        ///< `[quads, 4]`: which codewords they are.
+    const float* center = nullptr;        ///< `[integer_fine_dim]`
+    float fine_step = 0.0F;
+    float norm = 0.0F;           ///< Largest length of a codeword, shifted or not.
+    float offset = 0.0F;         ///< Largest magnitude of an offset, shifted or not.
+    float center_norm = 0.0F;    ///< Length of `center`.
+    float half_root_dim = 0.0F;  ///< A little over sqrt(dim) / 2: what rounding a row can lose, in steps.
+};
+
 /// One depth's codebook in the layout that the search reads; see `residual_codebook::packed`.
 struct packed_codebook {
     const float* interleaved = nullptr;  ///< `[blocks, dim, 16]`: lane `l` of block `b` is codeword `16 b + l`.
     const float* offsets = nullptr;      ///< `[blocks, 16]`: what the score starts from; -infinity beyond `codewords`.
     std::size_t codewords = 0;
     std::size_t dim = 0;
+    const integer_codebook* integers = nullptr;  ///< Null where the float32 search is quicker.
+    const void* rows = nullptr;                  ///< The same weights `[codewords, dim]`, as stored; null for cosine.
+    dtype row_type = dtype::float32;             ///< What `rows` points to.
     [[nodiscard]] std::size_t blocks() const noexcept { return (codewords + search_block - 1) / search_block; }
 };
 
@@ -41,6 +76,12 @@ struct kernel_table {
     /// order of the channels with one rounding each. A row whose every score is NaN or -infinity gets code 0.
     void (*nearest)(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book, code_t* codes,
                     float* scores);
+
+    /// For each of `rows` vectors: the `count` codewords with the largest scores, by falling score, lowest index first
+    /// on ties. `codes` and `scores` are `[rows, count]`. What there is not (scores that are NaN or -infinity, or fewer
+    /// codewords) is code 0 with score -infinity.
+    void (*nearest_several)(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book,
+                            std::size_t count, code_t* codes, float* scores);
 
     /// The loops that read codewords, for each type that stores them; `dim` channels, row-major.
     template <class Weight>

@@ -8,6 +8,7 @@
 #include "rvqkv/core/simd_level.hpp"
 #include "rvqkv/simd/avx2.hpp"
 #include "rvqkv/simd/avx512.hpp"
+#include "rvqkv/simd/avx512vnni.hpp"
 #include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 #include "rvqkv/simd/neon.hpp"
@@ -27,6 +28,7 @@ RVQKV_NAMESPACE_BEGIN
 #if RVQKV_X86
         case simd_level::avx2: return &avx2::kernels;
         case simd_level::avx512: return &avx512::kernels;
+        case simd_level::avx512vnni: return &avx512vnni::kernels;
 #endif
 #if RVQKV_NEON
         case simd_level::neon: return &neon::kernels;

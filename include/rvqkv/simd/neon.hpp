@@ -12,15 +12,20 @@
 #include <arm_neon.h>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
 namespace neon {
 
 inline constexpr simd_level level = simd_level::neon;
 inline constexpr int lanes = 4;
+inline constexpr int tile_side = 4;
+inline constexpr int tile_sums = 16;
 inline constexpr int tile_rows = 6;
-inline constexpr int tile_registers = 4;  // 6 x 4 sums + 4 codewords + 1 row value of 32 registers
+inline constexpr int tile_registers = 4;
 using reg = float32x4_t;
+using ireg = int32x4_t;
+using mask = uint32x4_t;
 
 inline reg load(const float* from) {
     return vld1q_f32(from);
@@ -45,11 +50,19 @@ inline void store(bfloat16* to, reg value) {
     const uint32x4_t is_number = vceqq_f32(value, value);
     vst1_u16(&to->bits, vshrn_n_u32(vbslq_u32(is_number, rounded, quiet), 16));
 }
+/// The value, in a register from here on: GCC 12 would read it anew from memory for each use.
+inline reg keep(reg value) {
+    asm("" : "+w"(value));
+    return value;
+}
 inline reg broadcast(const float* from) {
     return vld1q_dup_f32(from);
 }
 inline reg fma(reg a, reg b, reg c) {
     return vfmaq_f32(c, a, b);
+}
+inline float fma(float a, float b, float c) {
+    return __builtin_fmaf(a, b, c);
 }
 inline reg add(reg a, reg b) {
     return vaddq_f32(a, b);
@@ -57,12 +70,46 @@ inline reg add(reg a, reg b) {
 inline reg subtract(reg a, reg b) {
     return vsubq_f32(a, b);
 }
-/// Where `score` beats `best`, takes it and notes the block.
-inline void keep_greater(reg score, std::int32_t block, float* best, std::int32_t* best_block) {
-    const float32x4_t held = vld1q_f32(best);
-    const uint32x4_t better = vcgtq_f32(score, held);
-    vst1q_f32(best, vbslq_f32(better, score, held));
-    vst1q_s32(best_block, vbslq_s32(better, vdupq_n_s32(block), vld1q_s32(best_block)));
+inline ireg load(const std::int32_t* from) {
+    return vld1q_s32(from);
+}
+inline void store(std::int32_t* to, ireg value) {
+    vst1q_s32(to, value);
+}
+inline ireg broadcast(std::int32_t value) {
+    return vdupq_n_s32(value);
+}
+inline mask greater(reg a, reg b) {
+    return vcgtq_f32(a, b);
+}
+inline reg select(mask where, reg yes, reg no) {
+    return vbslq_f32(where, yes, no);
+}
+/// Bit `i` says lane `i`.
+inline unsigned bits(mask where) {
+    const std::uint32_t weights[4] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(where, vld1q_u32(weights)));
+}
+/// Where `score` beats `best`, takes it and notes the code.
+inline void keep_greater(reg score, ireg code, reg& best, ireg& best_code) {
+    const uint32x4_t better = vcgtq_f32(score, best);
+    best_code = vbslq_s32(better, code, best_code);
+    best = vbslq_f32(better, score, best);
+}
+inline ireg add(ireg a, ireg b) {
+    return vaddq_s32(a, b);
+}
+inline void store(code_t* to, ireg value) {
+    vst1_u16(to, vmovn_u32(vreinterpretq_u32_s32(value)));
+}
+/// Four neighbouring channels of 4 rows, turned on their side.
+inline void transpose(const float* from, std::size_t stride, float* to, std::size_t to_stride) {
+    const float32x4x2_t first = vtrnq_f32(load(from), load(from + stride));
+    const float32x4x2_t second = vtrnq_f32(load(from + 2 * stride), load(from + 3 * stride));
+    store(to, vcombine_f32(vget_low_f32(first.val[0]), vget_low_f32(second.val[0])));
+    store(to + to_stride, vcombine_f32(vget_low_f32(first.val[1]), vget_low_f32(second.val[1])));
+    store(to + 2 * to_stride, vcombine_f32(vget_high_f32(first.val[0]), vget_high_f32(second.val[0])));
+    store(to + 3 * to_stride, vcombine_f32(vget_high_f32(first.val[1]), vget_high_f32(second.val[1])));
 }
 
 #include "rvqkv/simd/kernels.inl"

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: MIT
+"""What the kernels are held to, and what a report's rows say of it. A target not met is said, never an error: it is a
+property of the machine as well."""
+
+from collections.abc import Callable
+
+from shapes import EMA_ROWS, KMEANS_ROWS, PAPER, SMALL
+
+Test = Callable[[dict], bool]
+FORMATS = {"%": (100, "{:.1f} %"), "x": (1, "{:.2f}x"), "GB/s": (1e-9, "{:.0f} GB/s")}
+
+
+def own(name: str, shape: str, **more: object) -> Test:
+    wanted = {"name": name, "shape": shape, "rival": None, "threads": 1} | more
+    return lambda row: all(row[key] == value for key, value in wanted.items())
+
+
+def beside(name: str, shape: str, rival: str) -> Test:
+    """Rows of rivals whose names begin so."""
+    return lambda row: row["name"] == name and row["shape"] == shape and (row["rival"] or "").startswith(rival)
+
+
+def target_rows(rows: list[dict]) -> list[tuple[str, str, str, str, str]]:
+    """Cells: target, wanted, stretch, reached, met?"""
+    lines = []
+
+    def find(test: Test, field: str) -> float | None:
+        """The quickest rival's; of our rows, which come in the order of the levels, what the library takes by itself."""
+        found = [row[field] for row in rows if test(row) and row[field] is not None]
+        return None if not found else min(found) if field == "ratio" else found[-1]
+
+    def add(what: str, reached: float | None, style: str, wanted: float, stretch: float | None = None) -> None:
+        scale, text = FORMATS[style]
+
+        def show(value: float | None) -> str:
+            return "" if value is None else text.format(value * scale)
+
+        if reached is None:
+            met = "not measured"
+        elif reached < wanted:
+            met = f"no, by {show(wanted - reached)}"
+        else:
+            met = "yes" if stretch is None or reached < stretch else "yes, stretch too"
+        lines.append((what, show(wanted), show(stretch), show(reached), met))
+
+    for vectors in (32, 1024):
+        for compiler in ("gcc", "clang"):
+            for level, wanted, stretch in (("avx512", 0.92, 0.96), ("avx2", 0.90, None)):
+                what = f"search_f32 2048 x 32, {vectors} vectors, {level}, {compiler}: of multiply-add peak"
+                test = own("search_f32", PAPER.label(vectors, False), level=level, compiler=compiler)
+                add(what, find(test, "fraction_of_peak"), "%", wanted, stretch)
+    for vectors in (32, 1024):
+        for depth in ("", "/depth:4"):
+            what = f"search_exact 2048 x 32, {vectors} vectors{', depth 4' if depth else ''}: beside float32"
+            test = beside("search_exact", PAPER.label(vectors, False) + depth, "rvqkv, float32")
+            add(what, find(test, "ratio"), "x", 2.2, 3.0)
+    for name, vectors, beam, rival, wanted, stretch in (
+        ("encode_token", 64, "", "faiss RQ beam 1", 8, 10),
+        ("encode_batch", 512, "", "faiss RQ beam 1", 13, 20),
+        ("encode_beam", 512, "/beam:5", "faiss RQ beam 5", 8, 15),
+    ):
+        what = f"{name} 8 x 2048 x 32, {vectors} vectors: beside {rival}"
+        add(what, find(beside(name, PAPER.label(vectors) + beam, rival), "ratio"), "x", wanted, stretch)
+    for shape, wanted in ((PAPER, 30e9), *((shape, 60e9) for shape in SMALL)):
+        test = own("decode", f"weights:float32/{shape.label(1024)}", compiler="gcc")
+        add(f"decode {' x '.join(map(str, shape))}", find(test, "value"), "GB/s", wanted)
+    whole = find(own("decode", f"weights:float32/{PAPER.label(1024)}", compiler="gcc"), "value")
+    for depths, wanted in ((4, 1.8), (2, 3.2)):
+        part = find(own("decode", f"weights:float32/{PAPER.label(1024)}/used_depths:{depths}", compiler="gcc"), "value")
+        what = f"decode 8 x 2048 x 32, {depths} of the depths: beside all"
+        add(what, part / whole if part and whole else None, "x", wanted)
+    kmeans, ema = PAPER.label(KMEANS_ROWS, False), PAPER.label(EMA_ROWS)
+    for what, name, shape, rival, wanted in (
+        ("train_kmeans 2048: beside faiss", "train_kmeans", kmeans, "faiss", 5),
+        ("train_kmeans 2048: beside PyTorch", "train_kmeans", kmeans, "PyTorch, the paper's operations", 10),
+        ("train_ema: beside PyTorch", "train_ema", ema, "PyTorch, the paper's operations", 10),
+        ("train_kmeans 2048: two threads beside one", "train_kmeans", kmeans, "rvqkv, one thread", 1.8),
+        ("train_ema: two threads beside one", "train_ema", ema, "rvqkv, one thread", 1.8),
+    ):
+        add(what, find(beside(name, shape, rival), "ratio"), "x", wanted)
+    return lines
