@@ -37,11 +37,11 @@ struct integer_codebook {
     const float* coarse_errors = nullptr;   ///< `[groups]`: largest length of codeword - coarse copy.
     const float* norms = nullptr;           ///< `[groups]`: largest length of a codeword that is rounded.
     const float* group_centers = nullptr;   ///< `[groups / 16, dim, 16]`: subtracted from a group before it is rounded
-                                           ///< to eight bits; null for none.
-    const std::int16_t* fine = nullptr;   ///< `[quads, 4, integer_fine_dim]`: weight / fine_step.
-    const float* fine_offsets = nullptr;  ///< `[quads, 4]`: offsets of the shifted codewords.
-    const code_t* codes = nullptr;        ///< `[quads, 4]`: which codewords they are.
-    const float* center = nullptr;        ///< `[integer_fine_dim]`
+                                            ///< to eight bits; null for none.
+    const std::int16_t* fine = nullptr;     ///< `[quads, 4, integer_fine_dim]`: weight / fine_step.
+    const float* fine_offsets = nullptr;    ///< `[quads, 4]`: offsets of the shifted codewords.
+    const code_t* codes = nullptr;          ///< `[quads, 4]`: which codewords they are.
+    const float* center = nullptr;          ///< `[integer_fine_dim]`
     float fine_step = 0.0F;
     float norm = 0.0F;           ///< Largest length of a codeword, shifted or not.
     float offset = 0.0F;         ///< Largest magnitude of an offset, shifted or not.
