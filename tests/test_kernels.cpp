@@ -5,6 +5,7 @@
 /// test_nearest_codeword.cpp, and so has conversion.
 #include "rvqkv/simd/kernels.hpp"
 
+#include "rvqkv/quantize/codebook.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/levels.hpp"
@@ -38,6 +39,45 @@ std::vector<code_t> random_codes(test::random_source& random, std::size_t count,
         code = static_cast<code_t>(random.integer(0, codewords - 1));
     }
     return codes;
+}
+
+/// The definition: the sum starts from the first codeword, not from 0, so that -0 stays -0. Numbers beside the rows
+/// are 99.
+template <class Weight>
+std::vector<float> decoded(const rvqkv::codebook_shape& shape, const std::vector<Weight>& weights, std::size_t rows,
+                           std::size_t stride, std::size_t offset, const std::vector<code_t>& codes,
+                           rvqkv::code_strides strides, std::size_t depths) {
+    std::vector<float> x(offset + rows * stride, 99.0F);
+    for (std::size_t i = 0; i < rows; ++i) {
+        for (std::size_t j = 0; j < shape.dim; ++j) {
+            float sum = 0.0F;
+            for (std::size_t k = 0; k < depths; ++k) {
+                const std::size_t code = codes[i * strides.vector + k * strides.depth];
+                const float weight = rvqkv::to_float(weights[(k * shape.codewords + code) * shape.dim + j]);
+                sum = k == 0 ? weight : sum + weight;
+            }
+            x[offset + i * stride + j] = sum;
+        }
+    }
+    return x;
+}
+
+/// Random weights and codes, and every level against the definition.
+template <class Weight>
+void check_decode(test::random_source& random, const rvqkv::codebook_shape& shape, std::size_t rows, std::size_t stride,
+                  std::size_t offset, rvqkv::code_strides strides, std::size_t depths) {
+    const std::vector<Weight> weights = random_weights<Weight>(random, shape.size());
+    const std::size_t last = rows == 0 ? 0 : (rows - 1) * strides.vector + (shape.depths - 1) * strides.depth;
+    const std::vector<code_t> codes = random_codes(random, last + 1, shape.codewords);
+    const std::vector<float> expected = decoded(shape, weights, rows, stride, offset, codes, strides, depths);
+    for (const rvqkv::simd_level level : test::levels()) {
+        CAPTURE(rvqkv::name_of(level), shape.codewords, shape.dim, rows, stride, offset, depths, strides.vector);
+        std::vector<float> got(offset + rows * stride, 99.0F);
+        rvqkv::kernels_for(level).value()->weights<Weight>().decode(got.data() + offset, rows, stride, weights.data(),
+                                                                    shape.codewords, shape.dim, codes.data(), strides,
+                                                                    depths);
+        REQUIRE(test::bits_of(got) == test::bits_of(expected));
+    }
 }
 
 constexpr std::size_t dims[] = {1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 24, 31, 32, 33, 48, 63, 64, 65, 97, 128, 130, 257};
@@ -77,37 +117,37 @@ TEMPLATE_TEST_CASE("kernels: decode adds the codewords of the first depths, in o
     CAPTURE(test::seed());
     test::random_source random(2);
     for (const std::size_t dim : dims) {
-        const std::size_t codewords = random.integer(1, 40);
-        const std::size_t most_depths = random.integer(1, 9);
+        const rvqkv::codebook_shape shape{random.integer(1, 9), random.integer(1, 40), dim};
         const std::size_t rows = random.integer(0, 20);
         const std::size_t stride = dim + random.integer(0, 3);
         const std::size_t offset = random.integer(0, 5);
-        const std::vector<TestType> weights = random_weights<TestType>(random, most_depths * codewords * dim);
-        const std::vector<code_t> codes = random_codes(random, rows * most_depths, codewords);
-        const bool depths_apart = random.integer(0, 1) == 0;
-        const rvqkv::code_strides strides =
-            depths_apart ? rvqkv::code_strides{1, rows} : rvqkv::code_strides{most_depths, 1};
-        for (const std::size_t depths : {std::size_t{0}, std::size_t{1}, most_depths}) {
-            std::vector<float> expected(offset + rows * stride, 99.0F);
-            for (std::size_t i = 0; i < rows; ++i) {
-                for (std::size_t j = 0; j < dim; ++j) {
-                    // Starts from the first codeword, not from 0, so that -0 stays -0.
-                    float sum = 0.0F;
-                    for (std::size_t k = 0; k < depths; ++k) {
-                        const std::size_t code = codes[i * strides.vector + k * strides.depth];
-                        const float weight = rvqkv::to_float(weights[(k * codewords + code) * dim + j]);
-                        sum = k == 0 ? weight : sum + weight;
-                    }
-                    expected[offset + i * stride + j] = sum;
-                }
+        const rvqkv::code_strides layouts[] = {{1, rows}, {shape.depths, 1}, {2, 2 * rows + 1}};
+        for (const rvqkv::code_strides strides : layouts) {
+            for (const std::size_t depths : {std::size_t{0}, std::size_t{1}, shape.depths}) {
+                check_decode<TestType>(random, shape, rows, stride, offset, strides, depths);
             }
-            for (const rvqkv::simd_level level : test::levels()) {
-                CAPTURE(rvqkv::name_of(level), dim, rows, stride, offset, depths, depths_apart);
-                std::vector<float> got(offset + rows * stride, 99.0F);
-                rvqkv::kernels_for(level).value()->weights<TestType>().decode(
-                    got.data() + offset, rows, stride, weights.data(), codewords, dim, codes.data(), strides, depths);
-                REQUIRE(test::bits_of(got) == test::bits_of(expected));
-            }
+        }
+    }
+}
+
+TEMPLATE_TEST_CASE("kernels: decode of small codebooks, whole registers of rows and any rest", "[simd][differential]",
+                   float, rvqkv::float16, rvqkv::bfloat16) {
+    CAPTURE(test::seed());
+    test::random_source random(3);
+    for (const std::size_t dim : {3U, 4U, 8U, 12U, 16U}) {
+        for (std::size_t codewords = 1; codewords <= 18; ++codewords) {
+            // 32 depths of 4 channels, or 16 of 8, are the most for which tables are made.
+            const std::size_t most = 128 / dim;
+            const std::size_t shape_depths = codewords == 9    ? most
+                                             : codewords == 15 ? most + 1
+                                                               : random.integer(1, most);
+            const rvqkv::codebook_shape shape{shape_depths, codewords, dim};
+            const std::size_t rows = random.integer(0, 15) + (codewords % 4 == 0 ? 50 : 16 * dim);
+            const std::size_t depths = random.integer(1, shape.depths);
+            const std::size_t offset = codewords % 2;
+            check_decode<TestType>(random, shape, rows, dim, offset, {1, rows + 1}, depths);
+            check_decode<TestType>(random, shape, rows, dim + codewords % 3, offset, {1, rows}, shape.depths);
+            check_decode<TestType>(random, shape, rows, dim, offset, {shape.depths, 1}, depths);
         }
     }
 }

@@ -116,13 +116,113 @@ TEST_CASE("nearest_codeword: equals the scalar search for every number of rows a
     constexpr std::size_t dim = 3;
     const std::vector<float> weights = test::gaussian_numbers(random, 300 * dim);
     const std::vector<float> numbers = test::gaussian_numbers(random, 130 * dim);
-    for (std::size_t rows = 1; rows <= 130; ++rows) {  // tiles of 6, 4, 2 and 1 rows, chunks of 60
+    for (std::size_t rows = 1; rows <= 130;
+         ++rows) {  // registers of 4, 8 and 16 rows, one to four at a time, and any rest
         check_all_levels({numbers.data(), rows, dim},
                          {weights.begin(), weights.begin() + static_cast<std::ptrdiff_t>(70 * dim)});
     }
     for (std::size_t codewords = 1; codewords <= 300; ++codewords) {  // blocks of 16, tiles of 1, 2 and 4 blocks
         check_all_levels({numbers.data(), 7, dim},
                          {weights.begin(), weights.begin() + static_cast<std::ptrdiff_t>(codewords * dim)});
+    }
+}
+
+TEST_CASE("nearest_codeword: equals the scalar search for every number of channels", "[quantize][simd][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(11);
+    std::vector<std::size_t> all_dims(40);
+    for (std::size_t i = 0; i < all_dims.size(); ++i) {
+        all_dims[i] = i + 1;
+    }
+    // From 64, 85, 128, 256, 512 and 1024 channels on, fewer registers of rows fit in L1.
+    all_dims.insert(all_dims.end(), {63, 64, 65, 85, 86, 127, 128, 129, 255, 256, 257, 341, 342, 512, 513, 1024, 1027});
+    for (const std::size_t dim : all_dims) {
+        const std::size_t rows = dim > 300 ? 51 : 83;  // more than a chunk of those that are too long
+        const padded_rows x(test::gaussian_numbers(random, rows * dim), rows, dim, dim + dim % 3, 1);
+        check_all_levels(x.view, test::gaussian_numbers(random, (dim > 300 ? 17 : 37) * dim));
+    }
+}
+
+TEST_CASE("nearest_codeword: equals the scalar search for every rest of rows, off alignment",
+          "[quantize][simd][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(12);
+    struct {
+        std::size_t codewords, dim;
+    } const shapes[] = {{16, 4}, {64, 8}, {256, 8}, {70, 31}, {130, 32}};  // rests are done in either way
+    for (const auto& shape : shapes) {
+        const std::vector<float> weights = test::gaussian_numbers(random, shape.codewords * shape.dim);
+        const auto book = make_book(shape.dim, weights);
+        const padded_rows x(test::gaussian_numbers(random, 97 * shape.dim), 97, shape.dim, shape.dim + 2, 1);
+        const found expected = expected_of(x.view, weights);
+        for (std::size_t rows = 1; rows <= 97; rows += rows < 34 ? 1 : 3) {
+            for (const rvqkv::simd_level level : test::levels()) {
+                CAPTURE(rvqkv::name_of(level), shape.codewords, shape.dim, rows);
+                // One more place than rows, which must stay as it is.
+                std::vector<code_t> codes(rows + 1, 0xdead);
+                std::vector<float> scores(rows + 1, -99.0F);
+                rvqkv::nearest_codeword({x.view.data, rows, shape.dim, x.view.stride}, book.packed(0),
+                                        {codes.data(), rows}, {scores.data(), rows},
+                                        *rvqkv::kernels_for(level).value());
+                REQUIRE(codes.back() == 0xdead);
+                REQUIRE(scores.back() == -99.0F);
+                codes.pop_back();
+                scores.pop_back();
+                const auto end = static_cast<std::ptrdiff_t>(rows);
+                REQUIRE(codes == std::vector<code_t>(expected.codes.begin(), expected.codes.begin() + end));
+                REQUIRE(test::bits_of(scores) == test::bits_of({expected.scores.data(), rows}));
+            }
+        }
+    }
+}
+
+TEST_CASE("nearest_codeword: equals the scalar search around whole blocks of many codewords",
+          "[quantize][simd][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(13);
+    constexpr std::size_t dim = 5;
+    constexpr std::size_t rows = 53;
+    const std::vector<float> x = test::gaussian_numbers(random, rows * dim);
+    for (const std::size_t codewords : {1023U, 1024U, 1025U, 2047U, 2048U, 2049U}) {
+        std::vector<float> weights = test::gaussian_numbers(random, codewords * dim);
+        for (const std::size_t taken : {std::size_t{1}, std::size_t{2}, std::size_t{3}, std::size_t{16}, rows}) {
+            check_all_levels({x.data(), taken, dim}, weights);
+        }
+        // The last codeword is what every row asks for; then its double, the first.
+        const std::vector<float> last(weights.end() - dim, weights.end());
+        std::vector<float> same;
+        for (std::size_t i = 0; i < rows; ++i) {
+            same.insert(same.end(), last.begin(), last.end());
+        }
+        check_all_levels({same.data(), rows, dim}, weights);
+        std::copy(last.begin(), last.end(), weights.begin());
+        check_all_levels({same.data(), rows, dim}, weights);
+    }
+}
+
+TEST_CASE("nearest_codeword: equals the scalar search on rows that hold anything, side by side",
+          "[quantize][simd][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(14);
+    const float specials[] = {0.0F,         -0.0F,     1.0F,       -1.0F, infinity, -infinity,
+                              not_a_number, 0x1p-149F, -0x1p-130F, 3e38F, -3e38F,   1e19F};
+    for (std::size_t round = 0; round < 60; ++round) {
+        CAPTURE(round);
+        const std::size_t dim = random.integer(1, 18);
+        const std::size_t codewords = random.integer(1, 70);
+        const std::size_t rows = random.integer(1, 90);
+        // Few different codewords: ties everywhere, and codewords of zeros, denormals and huge numbers among them.
+        std::vector<float> weights = test::whole_numbers(random, codewords * dim, 1);
+        for (std::size_t i = 0; i < codewords; i += random.integer(1, 9)) {
+            const auto kind = test::all_families[random.integer(0, std::size(test::all_families) - 1)];
+            const std::vector<float> numbers = test::make_numbers(random, kind, dim);
+            std::copy(numbers.begin(), numbers.end(), weights.begin() + static_cast<std::ptrdiff_t>(i * dim));
+        }
+        std::vector<float> x = test::whole_numbers(random, rows * dim, 2);
+        for (std::size_t i = 0; i < rows; i += random.integer(1, 3)) {
+            x[i * dim + random.integer(0, dim - 1)] = specials[random.integer(0, std::size(specials) - 1)];
+        }
+        check_all_levels({x.data(), rows, dim}, weights, round % 4 == 3);
     }
 }
 

@@ -123,6 +123,50 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
     store(to + 3 * to_stride, _mm256_castpd_ps(_mm256_unpackhi_pd(high01, high23)));
 }
 
+// Narrower and wider rows of floats, for decoding.
+using reg8 = reg;
+using reg4 = __m128;
+struct interleaved {
+    reg even;
+    reg odd;
+};
+inline reg4 add(reg4 a, reg4 b) {
+    return _mm_add_ps(a, b);
+}
+inline interleaved add(interleaved a, interleaved b) {
+    return {_mm256_add_ps(a.even, b.even), _mm256_add_ps(a.odd, b.odd)};
+}
+inline void store(float* to, reg4 value) {
+    _mm_storeu_ps(to, value);
+}
+inline void store(float* to, interleaved value) {
+    const __m256 low = _mm256_unpacklo_ps(value.even, value.odd);
+    const __m256 high = _mm256_unpackhi_ps(value.even, value.odd);
+    _mm256_storeu_ps(to, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(to + lanes, _mm256_permute2f128_ps(low, high, 0x31));
+}
+template <class Reg, class T>
+inline Reg load_as(const T* from) {
+    if constexpr (sizeof(Reg) == sizeof(reg)) {
+        return load(from);
+    } else if constexpr (sizeof(Reg) == sizeof(interleaved)) {
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+        const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000U));
+        return {_mm256_castsi256_ps(_mm256_slli_epi32(bits, 16)), _mm256_castsi256_ps(_mm256_and_si256(bits, upper))};
+    } else if constexpr (std::is_same_v<T, float>) {
+        return _mm_loadu_ps(from);
+    } else {
+        const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+        if constexpr (std::is_same_v<T, float16>) {
+            return _mm_cvtph_ps(bits);
+        } else {
+            return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16));
+        }
+    }
+}
+
+inline constexpr bool has_lookup = false;
+
 #include "rvqkv/simd/kernels.inl"
 
 }  // namespace avx2

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "rvqkv/core/config.hpp"
+#include "rvqkv/simd/avx2.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 
 #if RVQKV_X86
@@ -39,7 +40,10 @@ inline reg load(const float16* from) {
 }
 inline reg load(const bfloat16* from) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    return _mm512_castsi512_ps(_mm512_maskz_slli_epi32(all, _mm512_maskz_cvtepu16_epi32(all, bits), 16));
+    // Each number to the upper half of its lane, in one step.
+    const __m512i places = _mm512_setr_epi32(0x00000, 0x10000, 0x20000, 0x30000, 0x40000, 0x50000, 0x60000, 0x70000,
+                                             0x80000, 0x90000, 0xa0000, 0xb0000, 0xc0000, 0xd0000, 0xe0000, 0xf0000);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xaaaaaaaaU, places, _mm512_castsi256_si512(bits)));
 }
 inline void store(float* to, reg value) {
     _mm512_storeu_ps(to, value);
@@ -107,7 +111,18 @@ inline ireg add(ireg a, ireg b) {
 inline void store(code_t* to, ireg value) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(all, value));
 }
-/// Four neighbouring channels of 16 rows.
+/// Turns each quarter's four registers of four numbers on their side.
+inline void turn(const reg (&in)[4], reg (&out)[4]) {
+    const __m512d low01 = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, in[0], in[1]));
+    const __m512d high01 = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, in[0], in[1]));
+    const __m512d low23 = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, in[2], in[3]));
+    const __m512d high23 = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, in[2], in[3]));
+    out[0] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, low01, low23));
+    out[1] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, low01, low23));
+    out[2] = _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, high01, high23));
+    out[3] = _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, high01, high23));
+}
+/// Four neighbouring channels of 16 rows, turned on their side.
 inline void transpose(const float* from, std::size_t stride, float* to, std::size_t to_stride) {
     reg rows[4];
     RVQKV_UNROLL
@@ -118,15 +133,40 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
         rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0x0f00, _mm_loadu_ps(row + 8 * stride));
         rows[i] = _mm512_mask_broadcast_f32x4(rows[i], 0xf000, _mm_loadu_ps(row + 12 * stride));
     }
-    const __m512d low01 = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, rows[0], rows[1]));
-    const __m512d high01 = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, rows[0], rows[1]));
-    const __m512d low23 = _mm512_castps_pd(_mm512_maskz_unpacklo_ps(all, rows[2], rows[3]));
-    const __m512d high23 = _mm512_castps_pd(_mm512_maskz_unpackhi_ps(all, rows[2], rows[3]));
-    store(to, _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, low01, low23)));
-    store(to + to_stride, _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, low01, low23)));
-    store(to + 2 * to_stride, _mm512_castpd_ps(_mm512_maskz_unpacklo_pd(0xff, high01, high23)));
-    store(to + 3 * to_stride, _mm512_castpd_ps(_mm512_maskz_unpackhi_pd(0xff, high01, high23)));
+    reg channels[4];
+    turn(rows, channels);
+    RVQKV_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        store(to + static_cast<std::size_t>(i) * to_stride, channels[i]);
+    }
 }
+
+// Narrower registers, for decoding.
+using reg8 = avx2::reg;
+using reg4 = avx2::reg4;
+using interleaved = reg;
+inline reg8 add(reg8 a, reg8 b) {
+    return _mm256_add_ps(a, b);
+}
+inline reg4 add(reg4 a, reg4 b) {
+    return _mm_add_ps(a, b);
+}
+inline void store(float* to, reg8 value) {
+    _mm256_storeu_ps(to, value);
+}
+inline void store(float* to, reg4 value) {
+    _mm_storeu_ps(to, value);
+}
+template <class Reg, class T>
+inline Reg load_as(const T* from) {
+    if constexpr (sizeof(Reg) == sizeof(reg)) {
+        return load(from);
+    } else {
+        return avx2::load_as<Reg>(from);
+    }
+}
+
+#include "rvqkv/simd/lookup.inl"
 
 #include "rvqkv/simd/kernels.inl"
 

@@ -170,6 +170,17 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
     }
 }
 
+// Decoding knows no other registers here.
+using reg8 = reg;
+using reg4 = reg;
+using interleaved = reg;
+template <class Reg, class T>
+inline Reg load_as(const T* from) {
+    return load(from);
+}
+
+inline constexpr bool has_lookup = false;
+
 #include "rvqkv/simd/kernels.inl"
 
 }  // namespace generic

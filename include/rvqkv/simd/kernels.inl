@@ -28,66 +28,6 @@ inline void subtract_codewords(float* x, std::size_t rows, std::size_t stride, c
     }
 }
 
-/// `Registers` registers of each row at a time stay in registers over all depths.
-template <int Registers, class Weight>
-inline void decode_strip(float* x, std::size_t rows, std::size_t stride, const Weight* weights, std::size_t codewords,
-                         std::size_t dim, const code_t* codes, code_strides strides, std::size_t depths) {
-    for (std::size_t i = 0; i < rows; ++i) {
-        reg sums[Registers];
-        const Weight* book = weights;
-        const code_t* code = codes + i * strides.vector;
-        RVQKV_UNROLL
-        for (int w = 0; w < Registers; ++w) {
-            sums[w] = load(book + *code * dim + w * lanes);
-        }
-        for (std::size_t k = 1; k < depths; ++k) {
-            book += codewords * dim;
-            code += strides.depth;
-            RVQKV_UNROLL
-            for (int w = 0; w < Registers; ++w) {
-                sums[w] = add(sums[w], load(book + *code * dim + w * lanes));
-            }
-        }
-        RVQKV_UNROLL
-        for (int w = 0; w < Registers; ++w) {
-            store(x + i * stride + w * lanes, sums[w]);
-        }
-    }
-}
-
-template <class Weight>
-inline void decode(float* x, std::size_t rows, std::size_t stride, const Weight* weights, std::size_t codewords,
-                   std::size_t dim, const code_t* codes, code_strides strides, std::size_t depths) {
-    if (depths == 0) {
-        for (std::size_t i = 0; i < rows; ++i) {
-            for (std::size_t j = 0; j < dim; ++j) {
-                x[i * stride + j] = 0.0F;
-            }
-        }
-        return;
-    }
-    std::size_t j = 0;
-    for (; j + 4 * lanes <= dim; j += 4 * lanes) {
-        decode_strip<4>(x + j, rows, stride, weights + j, codewords, dim, codes, strides, depths);
-    }
-    for (; j + 2 * lanes <= dim; j += 2 * lanes) {
-        decode_strip<2>(x + j, rows, stride, weights + j, codewords, dim, codes, strides, depths);
-    }
-    for (; j + lanes <= dim; j += lanes) {
-        decode_strip<1>(x + j, rows, stride, weights + j, codewords, dim, codes, strides, depths);
-    }
-    for (std::size_t i = 0; j < dim && i < rows; ++i) {
-        for (std::size_t tail = j; tail < dim; ++tail) {
-            float sum = to_float(weights[codes[i * strides.vector] * dim + tail]);
-            for (std::size_t k = 1; k < depths; ++k) {
-                const std::size_t code = codes[i * strides.vector + k * strides.depth];
-                sum += to_float(weights[(k * codewords + code) * dim + tail]);
-            }
-            x[i * stride + tail] = sum;
-        }
-    }
-}
-
 template <class From, class To>
 inline void convert(const From* in, To* out, std::size_t count) {
     std::size_t i = 0;
@@ -99,6 +39,7 @@ inline void convert(const From* in, To* out, std::size_t count) {
     }
 }
 
+#include "rvqkv/simd/decode.inl"
 #include "rvqkv/simd/several.inl"
 
 inline constexpr kernel_table kernels = {

@@ -112,6 +112,17 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
     store(to + 3 * to_stride, vcombine_f32(vget_high_f32(first.val[1]), vget_high_f32(second.val[1])));
 }
 
+// Decoding knows no other registers here.
+using reg8 = reg;
+using reg4 = reg;
+using interleaved = reg;
+template <class Reg, class T>
+inline Reg load_as(const T* from) {
+    return load(from);
+}
+
+inline constexpr bool has_lookup = false;
+
 #include "rvqkv/simd/kernels.inl"
 
 }  // namespace neon

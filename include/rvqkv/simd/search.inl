@@ -6,19 +6,8 @@
 //   codewords in lanes: single rows x registers of codewords. For the rows that are left over, and for rows so long
 //   that a register full of them does not fit in L1.
 
-/// Calls `run` with how many of `count` to take at a time: `tile_side` of them, but so that no single one is left.
-template <class Run>
-RVQKV_ALWAYS_INLINE void in_tiles(std::size_t count, Run run) {
-    constexpr auto side = static_cast<std::size_t>(tile_side);
-    while (count > 0) {
-        const std::size_t part = count <= side ? count : count == side + 1 && side > 2 ? side - 1 : side;
-        run(part);
-        count -= part;
-    }
-}
-
 /// Calls `run` with `side`, from 1 to `Side`, as a compile-time number.
-template <int Side = tile_side, class Run>
+template <int Side, class Run>
 RVQKV_ALWAYS_INLINE void with_side(std::size_t side, Run run) {
     if constexpr (Side > 1) {
         if (side < static_cast<std::size_t>(Side)) {
@@ -126,10 +115,12 @@ inline void nearest_packed(const float* x, std::size_t stride, const packed_code
 }
 
 /// `Rows` rows against `Registers` registers of codewords: keeps each lane's best. The running best of a row is 16
-/// lanes wide in memory (L1) at every level, so that registers serve the products alone.
+/// lanes wide in memory (L1) at every level, so that registers serve the products alone. Not inlined for the same
+/// reason: what surrounds it makes GCC 12 spill two of the registers that every product needs, a third of the speed.
 template <int Rows, int Registers>
-RVQKV_ALWAYS_INLINE void nearest_tile(const float* x, std::size_t stride, const float* codewords, const float* offsets,
-                                      std::size_t dim, std::int32_t block, float* best, std::int32_t* best_block) {
+__attribute__((noinline)) inline void nearest_tile(const float* x, std::size_t stride, const float* codewords,
+                                                   const float* offsets, std::size_t dim, std::int32_t block,
+                                                   float* best, std::int32_t* best_block) {
     constexpr int per_block = static_cast<int>(search_block) / lanes;  // registers that one block of codewords takes
     reg sums[Rows][Registers];
     RVQKV_UNROLL
@@ -176,28 +167,32 @@ RVQKV_ALWAYS_INLINE void nearest_tile(const float* x, std::size_t stride, const 
     }
 }
 
-/// All rows of a chunk against `Registers` registers of codewords.
-template <int Registers>
+/// All rows of a chunk against `Registers` registers of codewords: `Side` rows at a time, but so that no single row is
+/// left over.
+template <int Side, int Registers>
 inline void nearest_column(const float* x, std::size_t rows, std::size_t stride, const float* codewords,
                            const float* offsets, std::size_t dim, std::int32_t block, float* best,
                            std::int32_t* best_block) {
-    in_tiles(rows, [&](std::size_t count) {
-        const auto tile = [&](auto side) {
-            nearest_tile<side.value, Registers>(x, stride, codewords, offsets, dim, block, best, best_block);
-        };
-        with_side(count, tile);
+    constexpr auto side = static_cast<std::size_t>(Side);
+    while (rows > 0) {
+        const std::size_t count = rows <= side ? rows : rows == side + 1 && side > 2 ? side - 1 : side;
+        with_side<Side>(count, [&](auto known) {
+            nearest_tile<known.value, Registers>(x, stride, codewords, offsets, dim, block, best, best_block);
+        });
+        rows -= count;
         x += count * stride;
         best += count * search_block;
         best_block += count * search_block;
-    });
+    }
 }
 
-/// Any number of rows, by `Registers` registers of codewords at a time as long as there are so many.
-template <int Registers>
+/// Any number of rows, in tiles of up to `Side`.
+template <int Side>
 inline void nearest_of_rows(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book,
                             code_t* codes, float* scores) {
     constexpr int per_block = static_cast<int>(search_block) / lanes;
-    constexpr int registers = Registers < per_block ? per_block : Registers;
+    constexpr int most = tile_width(Side) < 8 ? tile_width(Side) : 8;
+    constexpr int registers = most < per_block ? per_block : most;
     constexpr std::size_t blocks_per_tile = static_cast<std::size_t>(registers / per_block);
     constexpr std::size_t chunk = 48;  // rows whose running best stays in L1
     alignas(64) float best[chunk * search_block];
@@ -212,14 +207,14 @@ inline void nearest_of_rows(const float* x, std::size_t rows, std::size_t stride
         const float* const chunk_x = x + first * stride;
         std::size_t block = 0;
         for (; block + blocks_per_tile <= blocks; block += blocks_per_tile) {
-            nearest_column<registers>(chunk_x, count, stride, book.interleaved + block * book.dim * search_block,
-                                      book.offsets + block * search_block, book.dim, static_cast<std::int32_t>(block),
-                                      best, best_block);
+            nearest_column<Side, registers>(chunk_x, count, stride, book.interleaved + block * book.dim * search_block,
+                                            book.offsets + block * search_block, book.dim,
+                                            static_cast<std::int32_t>(block), best, best_block);
         }
         for (; blocks_per_tile > 1 && block < blocks; ++block) {
-            nearest_column<per_block>(chunk_x, count, stride, book.interleaved + block * book.dim * search_block,
-                                      book.offsets + block * search_block, book.dim, static_cast<std::int32_t>(block),
-                                      best, best_block);
+            nearest_column<Side, per_block>(chunk_x, count, stride, book.interleaved + block * book.dim * search_block,
+                                            book.offsets + block * search_block, book.dim,
+                                            static_cast<std::int32_t>(block), best, best_block);
         }
         // Within a lane the first block won; among lanes of equal score the lowest index wins.
         for (std::size_t v = 0; v < count; ++v) {
@@ -249,7 +244,8 @@ inline void nearest(const float* x, std::size_t rows, std::size_t stride, const 
     const std::size_t fit = packed_size / (width * book.dim);
     const std::size_t side = fit < tile_side ? fit : tile_side;
     const auto take = [&](std::size_t registers) {
-        with_side(registers, [&](auto known) { nearest_packed<known.value>(x, stride, book, packed, codes, scores); });
+        with_side<tile_side>(registers,
+                             [&](auto known) { nearest_packed<known.value>(x, stride, book, packed, codes, scores); });
     };
     const auto advance = [&](std::size_t taken) {
         x += taken * stride;
@@ -273,8 +269,8 @@ inline void nearest(const float* x, std::size_t rows, std::size_t stride, const 
         scores = scores == nullptr ? nullptr : scores - again;
         take(1);
     } else if (rows == 1) {
-        nearest_of_rows<tile_width(1) < 8 ? tile_width(1) : 8>(x, rows, stride, book, codes, scores);
+        nearest_of_rows<1>(x, rows, stride, book, codes, scores);
     } else if (rows > 0) {
-        nearest_of_rows<tile_width(tile_side)>(x, rows, stride, book, codes, scores);
+        nearest_of_rows<tile_side>(x, rows, stride, book, codes, scores);
     }
 }
