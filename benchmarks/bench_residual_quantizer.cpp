@@ -94,7 +94,7 @@ void encode_product(benchmark::State& state, const rvqkv::codebook_shape& shape,
     }
 }
 
-/// The first `depths` of `shape.depths` depths; codes as `[rows, depths]`.
+/// The first `depths` of `shape.depths` depths; codes as `[depths, rows]`, the way that pages of the cache hold them.
 template <class Weight>
 void decode(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t rows, std::size_t depths,
             const rvqkv::kernel_table& kernels) {
@@ -103,9 +103,9 @@ void decode(benchmark::State& state, const rvqkv::codebook_shape& shape, std::si
     rvqkv::aligned_buffer<float> x(rows * shape.dim);
     std::copy_n(bench::held_out_vectors(shape.dim).data(), x.size(), x.data());
     std::vector<rvqkv::code_t> codes(rows * shape.depths);
-    quantizer.encode({x.data(), rows, shape.dim}, codes.data(), {shape.depths, 1});
+    quantizer.encode({x.data(), rows, shape.dim}, codes.data(), {1, rows});
     for (auto _ : state) {
-        quantizer.decode(codes.data(), {shape.depths, 1}, {x.data(), rows, shape.dim}, depths, kernels);
+        quantizer.decode(codes.data(), {1, rows}, {x.data(), rows, shape.dim}, depths, kernels);
         benchmark::DoNotOptimize(x.data());
         benchmark::ClobberMemory();
     }
@@ -156,9 +156,9 @@ const bool registered = [] {
         }
     }
     const rvqkv::kernel_table& best = rvqkv::best_kernels();
-    add_decode<float>("float32", bench::paper, 4, best);
-    add_decode<float>("float32", bench::paper, 2, best);
-    add_decode<rvqkv::bfloat16>("bfloat16", bench::paper, bench::paper.depths, best);
+    for (const std::size_t depths : {bench::paper.depths, std::size_t{4}, std::size_t{2}}) {
+        add_decode<rvqkv::bfloat16>("bfloat16", bench::paper, depths, best);
+    }
     add_decode<float>("float32", bench::light, bench::light.depths, best);
     for (const bench::product& product : bench::products()) {
         for (const rvqkv::codebook_shape& shape : {bench::paper, bench::light}) {
