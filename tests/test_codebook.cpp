@@ -3,10 +3,13 @@
 /// The codebook: weights as stored, the search layout beside them, extents fixed or free, and everything it refuses.
 #include "rvqkv/quantize/codebook.hpp"
 
+#include "rvqkv/simd/kernels.hpp"
+
 #include "support/allocation_counter.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/weights.hpp"
 
 #include <cmath>
 #include <cstddef>
@@ -240,4 +243,35 @@ TEST_CASE("residual_codebook: reports that memory ran out, wherever it did", "[q
 TEST_CASE("distance: has names", "[quantize][unit]") {
     CHECK(rvqkv::name_of(rvqkv::distance::euclidean) == "euclidean");
     CHECK(rvqkv::name_of(rvqkv::distance::cosine) == "cosine");
+}
+
+TEST_CASE("residual_codebook: assign takes other weights in the same memory", "[quantize][unit]") {
+    test::random_source random(31);
+    const rvqkv::codebook_shape shape{2, 600, 16};
+    const std::vector<float> first = test::make_weights(random, shape);
+    const std::vector<float> second = test::make_weights(random, shape);
+    auto book = rvqkv::residual_codebook<>::create(shape, std::span<const float>(first)).value();
+    const auto expected = rvqkv::residual_codebook<>::create(shape, std::span<const float>(second)).value();
+    const std::vector<float> x = test::gaussian_numbers(random, 50 * shape.dim);
+    const auto search = [&](const rvqkv::residual_codebook<>& in) {
+        std::vector<rvqkv::code_t> codes(100);
+        for (std::size_t depth = 0; depth < 2; ++depth) {
+            rvqkv::best_kernels().nearest(x.data(), 50, shape.dim, in.packed(depth), codes.data() + depth * 50,
+                                          nullptr);
+        }
+        return codes;
+    };
+    const std::vector<rvqkv::code_t> before = search(book);
+    std::vector<float> bad = second;
+    bad.back() = std::numeric_limits<float>::infinity();
+    CHECK_FALSE(book.assign(std::span<const float>(bad)).ok());
+    CHECK_FALSE(book.assign(std::span<const float>(second).first(5)).ok());
+    CHECK(std::equal(first.begin(), first.end(), book.weights().begin()));
+    CHECK(search(book) == before);
+    const test::allocation_counter counter;
+    const bool assigned = book.assign(std::span<const float>(second)).ok();
+    CHECK(counter.allocations() == 0);
+    REQUIRE(assigned);
+    CHECK(std::equal(second.begin(), second.end(), book.weights().begin()));
+    CHECK(search(book) == search(expected));
 }

@@ -4,14 +4,17 @@
 #include "rvqkv/quantize/integer_copies.hpp"
 
 #include "rvqkv/quantize/codebook.hpp"
+#include "rvqkv/simd/kernels.hpp"
 #include "support/allocation_counter.hpp"
 #include "support/catch.hpp"
+#include "support/levels.hpp"
 #include "support/random.hpp"
 #include "support/weights.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <cstdlib>
 #include <limits>
 #include <span>
 #include <vector>
@@ -23,10 +26,10 @@ using rvqkv::integer_codebook;
 using rvqkv::integer_group;
 
 /// Copies of a codebook, on any machine.
-rvqkv::integer_copies copies_of(const rvqkv::residual_codebook<>& book) {
-    auto copies = rvqkv::integer_copies::create(book.depths(), book.codewords(), book.dim()).value();
+rvqkv::integer_copies copies_of(const rvqkv::residual_codebook<>& book, unsigned bits = 8) {
+    auto copies = rvqkv::integer_copies::create(book.depths(), book.codewords(), book.dim(), bits).value();
     for (std::size_t depth = 0; depth < book.depths(); ++depth) {
-        REQUIRE(copies.build(depth, book.packed(depth)));
+        copies.build(depth, book.packed(depth));
     }
     return copies;
 }
@@ -40,18 +43,22 @@ TEST_CASE("integer_copies: each codeword has one place, and its copies are as ne
           "[quantize][property]") {
     CAPTURE(test::seed());
     test::random_source random(820);
+    unsigned bits = 7;
     for (const codebook_shape shape :
          {codebook_shape{2, 130, 32}, codebook_shape{1, 64, 16}, codebook_shape{1, 1, 5}, codebook_shape{1, 700, 37}}) {
         for (const rvqkv::distance metric : {rvqkv::distance::euclidean, rvqkv::distance::cosine}) {
-            CAPTURE(shape.codewords, shape.dim, rvqkv::name_of(metric));
+            bits = 15 - bits;
+            const int zero = bits == 8 ? 128 : 64;
+            CAPTURE(shape.codewords, shape.dim, rvqkv::name_of(metric), bits);
             std::vector<float> weights = test::make_weights(random, shape);
             for (std::size_t i = 0; i < weights.size(); ++i) {
                 weights[i] += 3.0F * static_cast<float>(i % shape.dim == 1);  // a mean that is not 0
             }
             const auto book = make_book(shape, weights, metric);
-            const auto copies = copies_of(book);
+            const auto copies = copies_of(book, bits);
             for (std::size_t depth = 0; depth < shape.depths; ++depth) {
                 const integer_codebook& view = *copies.view(depth);
+                CHECK(view.coarse_zero == zero);
                 const rvqkv::packed_codebook packed = book.packed(depth);
                 std::vector<std::size_t> places(shape.codewords, 0);
                 const std::size_t groups = (shape.codewords + integer_group - 1) / integer_group;
@@ -79,7 +86,8 @@ TEST_CASE("integer_copies: each codeword has one place, and its copies are as ne
                         const std::size_t quarters = (shape.dim + 3) / 4;
                         const int byte =
                             view.coarse[((group * quarters + j / 4) * integer_group + in_group) * 4 + j % 4];
-                        const double coarse = (byte - 128) * static_cast<double>(view.coarse_steps[group]);
+                        CHECK(std::abs(byte - zero) < zero);
+                        const double coarse = (byte - zero) * static_cast<double>(view.coarse_steps[group]);
                         const double fine = view.fine[place * rvqkv::integer_fine_dim(shape.dim) + j] *
                                             static_cast<double>(view.fine_step);
                         norm += weight * weight;
@@ -117,21 +125,86 @@ TEST_CASE("integer_copies: numbers that bounds cannot be given for have no copie
     CHECK(rvqkv::integer_copies().view(0) == nullptr);
 }
 
-TEST_CASE("integer_copies: only large codebooks have them, where the machine searches by them", "[quantize][unit]") {
+TEST_CASE("integer_copies: only large codebooks have them, where the process searches by them", "[quantize][unit]") {
     using rvqkv::integer_copies;
-    CHECK(integer_copies::wanted(512, 16) == rvqkv::is_available(rvqkv::simd_level::avx512vnni));
-    CHECK_FALSE(integer_copies::wanted(511, 32));
+    using rvqkv::simd_level;
+    const simd_level level = rvqkv::choose_simd_level().value();
+    const bool wide = level == simd_level::avxvnni || level == simd_level::avx512vnni;
+    const bool narrow = level == simd_level::avx2 || level == simd_level::avx512;
+    CAPTURE(rvqkv::name_of(level));
+    CHECK(integer_copies::coarse_bits() == (wide ? 8U : narrow ? 7U : 0U));
+    CHECK(integer_copies::wanted(1024, 16) == (wide || narrow));
+    CHECK(integer_copies::wanted(512, 16) == wide);
+    CHECK_FALSE(integer_copies::wanted(511, 16));
+    CHECK_FALSE(integer_copies::wanted(255, 256));
     CHECK_FALSE(integer_copies::wanted(2048, 15));
     CHECK_FALSE(integer_copies::wanted(2048, 257));
     test::random_source random(821);
-    const codebook_shape shape{1, 512, 16};
-    const auto book = make_book(shape, test::make_weights(random, shape));
-    CHECK((book.packed(0).integers != nullptr) == integer_copies::wanted(512, 16));
+    for (const std::size_t codewords : {512U, 1024U}) {
+        const codebook_shape shape{1, codewords, 16};
+        const auto book = make_book(shape, test::make_weights(random, shape));
+        const integer_codebook* const view = book.packed(0).integers;
+        REQUIRE((view != nullptr) == integer_copies::wanted(codewords, 16));
+        CHECK((view == nullptr || view->coarse_zero == 1 << (integer_copies::coarse_bits() - 1)));
+    }
+}
+
+/// What a search gives for copies of so many bits (0: none): codes, then lists of 5 with scores.
+struct search_results {
+    std::vector<rvqkv::code_t> codes;
+    std::vector<rvqkv::code_t> list_codes;
+    std::vector<float> list_scores;
+};
+search_results search(rvqkv::simd_level level, const std::vector<float>& x, std::size_t dim,
+                      rvqkv::packed_codebook packed, const integer_codebook* integers) {
+    constexpr std::size_t count = 5;
+    const std::size_t rows = x.size() / dim;
+    const rvqkv::kernel_table& kernels = *rvqkv::kernels_for(level).value();
+    search_results found{std::vector<rvqkv::code_t>(rows), std::vector<rvqkv::code_t>(rows * count),
+                         std::vector<float>(rows * count)};
+    packed.integers = integers;
+    kernels.nearest(x.data(), rows, dim, packed, found.codes.data(), nullptr);
+    kernels.nearest_several(x.data(), rows, dim, packed, count, found.list_codes.data(), found.list_scores.data());
+    return found;
+}
+
+TEST_CASE("integer_copies: every level finds what float32 finds, by copies of seven bits and of eight",
+          "[quantize][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(823);
+    for (const codebook_shape shape :
+         {codebook_shape{1, 300, 32}, codebook_shape{1, 65, 37}, codebook_shape{1, 2200, 16}}) {
+        for (const bool signs : {false, true}) {  // weights of one magnitude: the largest sums there are
+            std::vector<float> weights = test::make_weights(random, shape);
+            std::vector<float> x = test::make_weights(random, codebook_shape{1, 29, shape.dim});
+            for (std::size_t j = 0; j < shape.dim; ++j) {
+                x[j] = weights[shape.dim + j];  // a codeword itself
+            }
+            for (std::vector<float>* const values : {&weights, &x}) {
+                for (float& value : *values) {
+                    value = signs ? std::copysign(1.0F, value) : value;
+                }
+            }
+            const auto book = make_book(shape, weights);
+            const search_results expected = search(rvqkv::simd_level::generic, x, shape.dim, book.packed(0), nullptr);
+            for (const unsigned bits : {7U, 8U}) {
+                const auto copies = copies_of(book, bits);
+                REQUIRE(copies.view(0) != nullptr);
+                for (const rvqkv::simd_level level : test::levels()) {
+                    CAPTURE(shape.codewords, shape.dim, signs, bits, rvqkv::name_of(level));
+                    const search_results found = search(level, x, shape.dim, book.packed(0), copies.view(0));
+                    CHECK(found.codes == expected.codes);
+                    CHECK(found.list_codes == expected.list_codes);
+                    CHECK(found.list_scores == expected.list_scores);
+                }
+            }
+        }
+    }
 }
 
 TEST_CASE("integer_copies: running out of memory is an error", "[quantize][unit]") {
     test::random_source random(822);
-    const codebook_shape shape{1, 600, 16};
+    const codebook_shape shape{1, 1100, 16};
     const std::vector<float> weights = test::make_weights(random, shape);
     for (std::size_t nth = 0;; ++nth) {
         const test::failing_allocations failing(nth);

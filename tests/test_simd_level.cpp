@@ -43,6 +43,7 @@ TEST_CASE("simd_level: every level has its own name", "[simd][unit]") {
     CHECK(rvqkv::name_of(rvqkv::simd_level::generic) == "generic");
     CHECK(rvqkv::name_of(rvqkv::simd_level::neon) == "neon");
     CHECK(rvqkv::name_of(rvqkv::simd_level::avx2) == "avx2");
+    CHECK(rvqkv::name_of(rvqkv::simd_level::avxvnni) == "avxvnni");
     CHECK(rvqkv::name_of(rvqkv::simd_level::avx512) == "avx512");
     CHECK(rvqkv::name_of(rvqkv::simd_level::avx512vnni) == "avx512vnni");
     CHECK(rvqkv::name_of(static_cast<rvqkv::simd_level>(77)) == "unknown");
@@ -57,6 +58,9 @@ TEST_CASE("is_available: generic is everywhere, the others where their machine i
     if (!avx2) {
         CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx2));
     }
+    if (rvqkv::is_available(rvqkv::simd_level::avxvnni)) {
+        CHECK(rvqkv::is_available(rvqkv::simd_level::avx2));
+    }
     if (rvqkv::is_available(rvqkv::simd_level::avx512)) {
         CHECK(rvqkv::is_available(rvqkv::simd_level::avx2));
         CHECK(__builtin_cpu_supports("avx512f") != 0);
@@ -67,6 +71,7 @@ TEST_CASE("is_available: generic is everywhere, the others where their machine i
     }
 #else
     CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx2));
+    CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avxvnni));
     CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx512));
     CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx512vnni));
 #endif
@@ -99,6 +104,11 @@ TEST_CASE("choose_simd_level: takes the level that RVQKV_SIMD names, if the mach
     }
 }
 
+TEST_CASE("best_available_level: takes no notice of RVQKV_SIMD", "[simd][unit]") {
+    const simd_environment environment("generic");
+    CHECK(rvqkv::best_available_level() == test::levels().back());
+}
+
 TEST_CASE("choose_simd_level: refuses a name that is no level", "[simd][unit]") {
     for (const std::string name : {"avx", "AVX2", "avx2 ", "sse4", "unknown", "0"}) {
         CAPTURE(name);
@@ -106,7 +116,8 @@ TEST_CASE("choose_simd_level: refuses a name that is no level", "[simd][unit]") 
         const auto chosen = rvqkv::choose_simd_level();
         REQUIRE_FALSE(chosen.ok());
         CHECK(chosen.error().code == rvqkv::error_code::invalid_argument);
-        CHECK(chosen.error().message == "RVQKV_SIMD=" + name + ": not one of generic, neon, avx2, avx512, avx512vnni");
+        CHECK(chosen.error().message ==
+              "RVQKV_SIMD=" + name + ": not one of generic, neon, avx2, avxvnni, avx512, avx512vnni");
     }
 }
 

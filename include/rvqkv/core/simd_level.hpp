@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file
 /// Instruction sets that the kernels know, what this machine has, and the environment variable `RVQKV_SIMD` that caps
-/// the choice (`generic`, `neon`, `avx2`, `avx512`,
-/// `avx512vnni`).
+/// the choice (`generic`, `neon`, `avx2`, `avxvnni`, `avx512`, `avx512vnni`).
 #pragma once
 
 #include "rvqkv/core/config.hpp"
@@ -24,17 +23,19 @@ enum class simd_level {
     generic,     ///< Plain C++; runs anywhere.
     neon,        ///< AArch64 Advanced SIMD.
     avx2,        ///< AVX2, FMA and F16C (Intel Haswell, AMD Zen).
+    avxvnni,     ///< AVX2 with AVX-VNNI: integer dot products (Intel Alder Lake, AMD Zen 5).
     avx512,      ///< AVX-512 F, BW, DQ and VL (Intel Skylake-SP).
     avx512vnni,  ///< AVX-512 with VNNI: integer dot products (Intel Ice Lake, AMD Zen 4).
 };
-inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level::neon, simd_level::avx2,
-                                                 simd_level::avx512, simd_level::avx512vnni};
+inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level::neon,   simd_level::avx2,
+                                                 simd_level::avxvnni, simd_level::avx512, simd_level::avx512vnni};
 
 [[nodiscard]] constexpr std::string_view name_of(simd_level level) noexcept {
     switch (level) {
         case simd_level::generic: return "generic";
         case simd_level::neon: return "neon";
         case simd_level::avx2: return "avx2";
+        case simd_level::avxvnni: return "avxvnni";
         case simd_level::avx512: return "avx512";
         case simd_level::avx512vnni: return "avx512vnni";
     }
@@ -48,6 +49,7 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
         case simd_level::neon: return RVQKV_NEON != 0;
 #if RVQKV_X86
         case simd_level::avx2:
+        case simd_level::avxvnni:
         case simd_level::avx512:
         case simd_level::avx512vnni: {
             // The builtin also asks the operating system (XCR0); it has no name for F16C on every compiler.
@@ -60,6 +62,10 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
             if (level == simd_level::avx2) {
                 return avx2;
             }
+            if (level == simd_level::avxvnni) {  // nor for this
+                return avx2 && __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && eax >= 1 &&
+                       __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) != 0 && (eax & (1U << 4U)) != 0;
+            }
             const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") != 0 &&
                                 __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&
                                 __builtin_cpu_supports("avx512vl") != 0;
@@ -67,11 +73,23 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
         }
 #else
         case simd_level::avx2:
+        case simd_level::avxvnni:
         case simd_level::avx512:
         case simd_level::avx512vnni: return false;
 #endif
     }
     return false;
+}
+
+/// The last of the levels that this machine can run.
+[[nodiscard]] inline simd_level best_available_level() noexcept {
+    simd_level best = simd_level::generic;
+    for (const simd_level level : all_simd_levels) {
+        if (is_available(level)) {
+            best = level;
+        }
+    }
+    return best;
 }
 
 /// The level to use: the best that is available, or the one that `RVQKV_SIMD` names.
@@ -88,16 +106,10 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
             }
             return level;
         }
-        return error{error_code::invalid_argument,
-                     std::string("RVQKV_SIMD=") + wanted + ": not one of generic, neon, avx2, avx512, avx512vnni"};
+        return error{error_code::invalid_argument, std::string("RVQKV_SIMD=") + wanted +
+                                                       ": not one of generic, neon, avx2, avxvnni, avx512, avx512vnni"};
     }
-    simd_level best = simd_level::generic;
-    for (const simd_level level : all_simd_levels) {
-        if (is_available(level)) {
-            best = level;
-        }
-    }
-    return best;
+    return best_available_level();
 }
 
 RVQKV_NAMESPACE_END

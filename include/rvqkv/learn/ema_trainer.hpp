@@ -178,8 +178,9 @@ public:
 
     /// The weight update. Every depth: sizes and sums decay by γ; with N the sum of the sizes, a codeword becomes its
     /// sum divided by `(size + ε) / (N + codewords * ε) * N`, clamped.
-    /// Errors:     `out_of_memory`; the state is as before then.
-    /// Complexity: O(weights).
+    /// Errors:     `invalid_argument` when a weight is not finite, as after vectors that are not; the state is as it
+    ///             was then.
+    /// Complexity: O(weights). Memory: one depth's averages once more while it runs.
     /// Paper:      `weight_update` in vqllm/quantizer/quantize.py.
     [[nodiscard]] status step() {
         const codebook_shape shape = codebook().shape();
@@ -203,13 +204,11 @@ public:
                 }
             }
         }
-        auto book = residual_codebook<>::create(shape, std::span<const float>(state_.weights), codebook().metric());
-        if (!book) {
+        if (status wrong = book_.assign(std::span<const float>(state_.weights)); !wrong) {
             const std::span<const float> before = codebook().weights();
             std::copy(before.begin(), before.end(), state_.weights.begin());
-            return book.error();
+            return wrong;
         }
-        book_ = std::move(book).value();
         for (std::size_t depth = 0; depth < shape.depths; ++depth) {
             decay(std::span(state_.cluster_sizes).subspan(depth * shape.codewords, shape.codewords),
                   std::span(state_.embedding_sums).subspan(depth * depth_size, depth_size));

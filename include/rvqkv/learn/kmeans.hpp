@@ -173,16 +173,22 @@ inline double squared_error(double lengths, const cluster_sums& clusters, std::s
         detail::start_from_samples(x, codewords, centroids, random);
     }
 
+    auto made = residual_codebook<>::create(shape, std::span<const float>(centroids));
+    if (!made) {
+        return made.error();
+    }
+    residual_codebook<> book = std::move(made).value();
     const double lengths = detail::squared_lengths(x, workers);
     std::vector<code_t> codes(x.rows);
     cluster_sums clusters;
     kmeans_report report;
     for (std::size_t iteration = 0; iteration < config.iterations; ++iteration) {
-        const auto book = residual_codebook<>::create(shape, std::span<const float>(centroids));
-        if (!book) {
-            return book.error();
+        if (iteration != 0) {
+            if (status wrong = book.assign(std::span<const float>(centroids)); !wrong) {
+                return wrong.error();
+            }
         }
-        assign_and_sum(x, book.value().packed(0), codes, {}, clusters, workers, [](std::size_t, std::size_t) {});
+        assign_and_sum(x, book.packed(0), codes, {}, clusters, workers, [](std::size_t, std::size_t) {});
         report.mean_squared_error = detail::squared_error(lengths, clusters, centroids) /
                                     (static_cast<double>(x.rows) * static_cast<double>(x.cols));
         const bool some_empty =

@@ -95,32 +95,47 @@ public:
         book.weights_ = std::move(stored).value();
         book.interleaved_ = std::move(interleaved).value();
         book.offsets_ = std::move(offsets).value();
-        for (std::size_t i = 0; i < weights.size(); ++i) {
-            book.weights_[i] = float_to<Weight>(to_float(weights[i]));
-            if (!std::isfinite(to_float(book.weights_[i]))) {
-                return error{error_code::invalid_argument,
-                             "codebook weight " + std::to_string(i % shape.dim) + " of codeword " +
-                                 std::to_string(i / shape.dim % shape.codewords) + " at depth " +
-                                 std::to_string(i / shape.dim / shape.codewords) + " is not finite in " +
-                                 std::string(name_of(dtype_of<Weight>))};
-            }
-        }
-        for (std::size_t depth = 0; depth < shape.depths; ++depth) {
-            book.build_search_layout(depth);
-        }
         if (integer_copies::wanted(shape.codewords, shape.dim)) {
             auto integers = integer_copies::create(shape.depths, shape.codewords, shape.dim);
             if (!integers) {
                 return integers.error();
             }
             book.integers_ = std::move(integers).value();
-            for (std::size_t depth = 0; depth < shape.depths; ++depth) {
-                if (status failed = book.integers_.build(depth, book.packed(depth)); !failed) {
-                    return failed.error();
-                }
-            }
+        }
+        if (status wrong = book.assign(weights); !wrong) {
+            return wrong.error();
         }
         return book;
+    }
+
+    /// Takes other weights of the same shape, in the memory that it has.
+    /// Errors:     `invalid_argument` for another number of weights, or one that is not finite (once rounded); it is
+    ///             as it was then.
+    /// Complexity: O(weights), no allocation.
+    template <TensorElement Source>
+    [[nodiscard]] status assign(std::span<const Source> weights) {
+        if (status wrong = check(shape_, weights.size()); !wrong) {
+            return wrong;
+        }
+        for (std::size_t i = 0; i < weights.size(); ++i) {
+            if (!std::isfinite(to_float(float_to<Weight>(to_float(weights[i]))))) {
+                return error{error_code::invalid_argument,
+                             "codebook weight " + std::to_string(i % shape_.dim) + " of codeword " +
+                                 std::to_string(i / shape_.dim % shape_.codewords) + " at depth " +
+                                 std::to_string(i / shape_.dim / shape_.codewords) + " is not finite in " +
+                                 std::string(name_of(dtype_of<Weight>))};
+            }
+        }
+        for (std::size_t i = 0; i < weights.size(); ++i) {
+            weights_[i] = float_to<Weight>(to_float(weights[i]));
+        }
+        for (std::size_t depth = 0; depth < shape_.depths; ++depth) {
+            build_search_layout(depth);
+            if (integers_.bytes() != 0) {
+                integers_.build(depth, packed(depth));
+            }
+        }
+        return {};
     }
 
     [[nodiscard]] codebook_shape shape() const noexcept { return shape_; }
@@ -196,26 +211,36 @@ private:
     /// changes no comparison), or `<x, c / |c|>` (cosine).
     void build_search_layout(std::size_t depth) {
         const std::size_t lanes = blocks() * search_block;
-        float* const interleaved = interleaved_.data() + depth * lanes * dim();
-        float* const offsets = offsets_.data() + depth * lanes;
-        const std::span<const Weight> source = weights(depth);
-        for (std::size_t c = 0; c < lanes; ++c) {
-            if (c >= codewords()) {
-                offsets[c] = -std::numeric_limits<float>::infinity();  // padding never wins
-                continue;
-            }
-            double squares = 0.0;
+        float* interleaved = interleaved_.data() + depth * lanes * dim();
+        float* offsets = offsets_.data() + depth * lanes;
+        const Weight* source = weights(depth).data();
+        for (std::size_t first = 0; first < codewords(); first += search_block) {
+            const std::size_t count = std::min(search_block, codewords() - first);
+            std::array<double, search_block> squares{};
             for (std::size_t j = 0; j < dim(); ++j) {
-                const double weight = static_cast<double>(to_float(source[c * dim() + j]));
-                squares += weight * weight;
+                for (std::size_t lane = 0; lane < count; ++lane) {
+                    const float weight = to_float(source[lane * dim() + j]);
+                    interleaved[j * search_block + lane] = weight;
+                    squares[lane] += static_cast<double>(weight) * static_cast<double>(weight);
+                }
             }
-            const double norm = std::max(std::sqrt(squares), 1e-12);  // the reference code's guard
-            offsets[c] = distance_ == distance::euclidean ? static_cast<float>(-0.5 * squares) : 0.0F;
-            for (std::size_t j = 0; j < dim(); ++j) {
-                const float weight = to_float(source[c * dim() + j]);
-                interleaved[(c / search_block * dim() + j) * search_block + c % search_block] =
-                    distance_ == distance::euclidean ? weight : static_cast<float>(static_cast<double>(weight) / norm);
+            for (std::size_t lane = 0; lane < search_block; ++lane) {
+                offsets[lane] = lane >= count ? -std::numeric_limits<float>::infinity()  // padding never wins
+                                : distance_ == distance::euclidean ? static_cast<float>(-0.5 * squares[lane])
+                                                                   : 0.0F;
             }
+            if (distance_ == distance::cosine) {
+                for (std::size_t lane = 0; lane < count; ++lane) {
+                    const double norm = std::max(std::sqrt(squares[lane]), 1e-12);  // the reference code's guard
+                    for (std::size_t j = 0; j < dim(); ++j) {
+                        float& weight = interleaved[j * search_block + lane];
+                        weight = static_cast<float>(static_cast<double>(weight) / norm);
+                    }
+                }
+            }
+            source += search_block * dim();
+            interleaved += search_block * dim();
+            offsets += search_block;
         }
     }
 

@@ -18,24 +18,46 @@
 
 RVQKV_NAMESPACE_BEGIN
 
-/// Codewords from which a codebook has integer copies: below, the float32 search is as quick.
-inline constexpr std::size_t least_integer_codewords = 512;
-/// Channels from which a codebook has integer copies.
+/// From which size a codebook has integer copies: below, the float32 search is about as quick.
+inline constexpr std::size_t least_integer_codewords = 256;
 inline constexpr std::size_t least_integer_dim = 16;
+/// Weights of one depth, likewise; products of seven bits are slower.
+[[nodiscard]] constexpr std::size_t least_integer_weights(unsigned bits) noexcept {
+    return bits == 8 ? 8192 : 16384;
+}
 
 /// Integer copies of all depths of a codebook. Threads: immutable once made.
 class integer_copies {
 public:
-    /// Whether codebooks of this size have integer copies on this machine.
-    [[nodiscard]] static bool wanted(std::size_t codewords, std::size_t dim) noexcept {
-        return codewords >= least_integer_codewords && dim >= least_integer_dim && dim <= most_integer_dim &&
-               is_available(simd_level::avx512vnni);
+    /// Bits of the coarse copies that the level in use multiplies: eight with VNNI; seven where products are added in
+    /// 16 bits, which twice 127 x 127 fits in; 0 if it searches in float32.
+    [[nodiscard]] static unsigned coarse_bits() {
+        const result<simd_level> chosen = choose_simd_level();
+        switch (chosen ? chosen.value() : best_available_level()) {
+            case simd_level::generic:
+            case simd_level::neon: return 0;
+            case simd_level::avx2:
+            case simd_level::avx512: return 7;
+            case simd_level::avxvnni:
+            case simd_level::avx512vnni: return 8;
+        }
+        return 0;
+    }
+    /// Whether codebooks of this size have integer copies in this process.
+    [[nodiscard]] static bool wanted(std::size_t codewords, std::size_t dim) {
+        const unsigned bits = coarse_bits();
+        return bits != 0 && codewords >= least_integer_codewords && dim >= least_integer_dim &&
+               dim <= most_integer_dim && codewords * dim >= least_integer_weights(bits);
     }
 
     /// Copies for `depths` depths, still to be filled by `build`.
-    /// Errors: `out_of_memory`.
-    [[nodiscard]] static result<integer_copies> create(std::size_t depths, std::size_t codewords, std::size_t dim) {
+    /// Preconditions: `bits`, of the coarse copies, is 7 or 8.
+    /// Errors:        `out_of_memory`.
+    [[nodiscard]] static result<integer_copies> create(std::size_t depths, std::size_t codewords, std::size_t dim,
+                                                       unsigned bits = coarse_bits()) {
+        RVQKV_ASSERT(bits == 7 || bits == 8);
         integer_copies copies;
+        copies.coarse_zero_ = 1 << (bits - 1);
         copies.groups_ = (codewords + integer_group - 1) / integer_group;
         copies.dim_ = dim;
         auto coarse = aligned_buffer<std::uint8_t>::allocate(depths * copies.coarse_size());
@@ -54,39 +76,16 @@ public:
         return copies;
     }
 
-    /// Fills one depth from its search layout. A depth whose numbers are all tiny or somewhere huge gets no copies:
-    /// `view` is null for it.
-    /// Errors:     `out_of_memory`; the depth has no copies then.
-    /// Complexity: O(codewords * dim * log codewords). Memory: another copy of the depth in float32 while it runs.
-    [[nodiscard]] status build(std::size_t depth, const packed_codebook& book) {
-        auto floats = aligned_buffer<float>::allocate(book.codewords * (dim_ + 1));
-        auto sorted = aligned_buffer<code_t>::allocate(2 * book.codewords);
-        if (!floats || !sorted) {
-            return error{error_code::out_of_memory, "out of memory"};
-        }
-        scratch work{floats.value().data(), floats.value().data() + book.codewords * dim_, sorted.value().data(),
-                     book.codewords};
+    /// Fills one depth from its search layout, anew if need be. A depth whose numbers are all tiny or somewhere huge
+    /// gets no copies: `view` is null for it.
+    /// Complexity: O(codewords * dim), times log codewords if they have a structure; no allocation.
+    void build(std::size_t depth, const packed_codebook& book) noexcept {
         const depth_parts parts = parts_of(depth);
+        views_[depth] = {};
         const float largest = find_center(book, parts.center);
         if (!(largest > 1e-10F && largest < 1e10F)) {
-            return {};  // the bounds would have to care for overflow and denormal numbers
+            return;  // the bounds would have to care for overflow and denormal numbers
         }
-        double longest = 0.0;
-        for (std::size_t c = 0; c < book.codewords; ++c) {
-            double length = 0.0;
-            double shifted_length = 0.0;
-            float* const row = work.rows + c * dim_;
-            for (std::size_t j = 0; j < dim_; ++j) {
-                const float weight = book.interleaved[(c / search_block * dim_ + j) * search_block + c % search_block];
-                row[j] = weight - parts.center[j];
-                length += square(static_cast<double>(weight));
-                shifted_length += square(static_cast<double>(row[j]));
-            }
-            longest = std::max({longest, length, shifted_length});
-            work.keys[c] = static_cast<float>(shifted_length);
-            work.order[c] = static_cast<code_t>(c);
-        }
-
         integer_codebook view;
         view.coarse = parts.coarse;
         view.coarse_offsets = parts.coarse_offsets;
@@ -97,16 +96,15 @@ public:
         view.fine_offsets = parts.fine_offsets;
         view.codes = parts.codes;
         view.center = parts.center;
-        view.norm = static_cast<float>(std::sqrt(longest) * margin);
+        view.coarse_zero = coarse_zero_;
+        view.norm = sort_into_groups(book, parts, view.group_centers) * margin;
         view.fine_step = view.norm / 32000.0F;
-        view.center_norm = static_cast<float>(length_of(parts.center) * margin);
-        view.half_root_dim = static_cast<float>(0.51 * std::sqrt(static_cast<double>(dim_)));
-        view.group_centers = sort_into_groups(work, parts.group_centers) ? parts.group_centers : nullptr;
+        view.center_norm = std::sqrt(squared_length(parts.center)) * margin;
+        view.half_root_dim = 0.51F * std::sqrt(static_cast<float>(dim_));
         for (std::size_t group = 0; group < groups_; ++group) {
-            fill_group(group, largest, book, work, parts, view);
+            fill_group(group, largest, book, parts, view);
         }
         views_[depth] = view;
-        return {};
     }
 
     /// One depth's copies; null when there are none.
@@ -118,7 +116,8 @@ public:
     }
 
 private:
-    static constexpr double margin = 1.0001;  // above the rounding of the bounds themselves
+    static constexpr float margin = 1.0001F;  // above the rounding of the bounds themselves
+    static constexpr std::size_t strip = 16;  // channels at a time; loops of known length become registers
 
     /// Where one depth's numbers are.
     struct depth_parts {
@@ -132,13 +131,6 @@ private:
         float* norms;
         float* center;
         float* group_centers;
-    };
-    /// What `build` works with. Groups are runs of `order`.
-    struct scratch {
-        float* rows;    ///< `[codewords, dim]`: shifted by the center
-        float* keys;    ///< `[codewords]`: to sort by
-        code_t* order;  ///< `[codewords]`, and as many again to try another one
-        std::size_t codewords;
     };
     [[nodiscard]] depth_parts parts_of(std::size_t depth) noexcept {
         float* const floats = floats_.data() + depth * float_size();
@@ -157,19 +149,28 @@ private:
                 group_centers};
     }
 
-    static double square(double value) noexcept { return value * value; }
-    [[nodiscard]] double length_of(const float* row) const noexcept {
-        double sum = 0.0;
+    [[nodiscard]] float squared_length(const float* row) const noexcept {
+        float sum = 0.0F;
         for (std::size_t j = 0; j < dim_; ++j) {
-            sum += square(static_cast<double>(row[j]));
+            sum += row[j] * row[j];
         }
-        return std::sqrt(sum);
+        return sum;
+    }
+    /// A codeword's channels, one after the other: where they stand, or copied to `buffer`.
+    [[nodiscard]] const float* row_of(const packed_codebook& book, std::size_t code, float* buffer) const noexcept {
+        if (book.rows != nullptr && book.row_type == dtype::float32) {
+            return static_cast<const float*>(book.rows) + code * dim_;
+        }
+        const float* const at = book.interleaved + code / search_block * dim_ * search_block + code % search_block;
+        for (std::size_t j = 0; j < dim_; ++j) {
+            buffer[j] = at[j * search_block];
+        }
+        return buffer;
     }
     /// Nearest integer; no call, whatever the target. Precondition: `|value| < 2^22`.
     static float round(float value) noexcept {
         constexpr float shift = 12582912.0F;  // 1.5 * 2^23: numbers of this size have no fraction
-        const volatile float shifted = value + shift;
-        return shifted - shift;
+        return (value + shift) - shift;
     }
     [[nodiscard]] std::size_t places() const noexcept { return groups_ * integer_group; }
     [[nodiscard]] std::size_t quarters() const noexcept { return (dim_ + 3) / 4; }
@@ -187,138 +188,203 @@ private:
     float find_center(const packed_codebook& book, float* center) const noexcept {
         float largest = 0.0F;
         for (std::size_t j = 0; j < dim_; ++j) {
-            double sum = 0.0;
-            for (std::size_t c = 0; c < book.codewords; ++c) {
-                const float weight = book.interleaved[(c / search_block * dim_ + j) * search_block + c % search_block];
-                largest = std::max(largest, std::fabs(weight));
-                sum += static_cast<double>(weight);
+            // Codewords beyond the last are zeros in the search layout.
+            float sums[search_block] = {};
+            float tops[search_block] = {};
+            for (std::size_t block = 0; block < book.blocks(); ++block) {
+                const float* const weights = book.interleaved + (block * dim_ + j) * search_block;
+                for (std::size_t lane = 0; lane < search_block; ++lane) {
+                    sums[lane] += weights[lane];
+                    const float magnitude = std::fabs(weights[lane]);
+                    tops[lane] = magnitude > tops[lane] ? magnitude : tops[lane];
+                }
             }
-            center[j] = static_cast<float>(sum / static_cast<double>(book.codewords));
+            float sum = 0.0F;
+            for (std::size_t lane = 0; lane < search_block; ++lane) {
+                sum += sums[lane];
+                largest = std::max(largest, tops[lane]);
+            }
+            center[j] = sum / static_cast<float>(book.codewords);
         }
         return largest;
     }
 
-    /// Orders the codewords such that groups have small bounds: by length, as suits residuals, or if that tells them
-    /// little apart by neighbourhood, each group around its own center. Returns whether groups have centers.
-    bool sort_into_groups(scratch& work, float* group_centers) const {
-        code_t* const order = work.order;
-        const float* const keys = work.keys;
-        std::sort(order, order + work.codewords,
-                  [keys](code_t a, code_t b) { return keys[a] != keys[b] ? keys[a] < keys[b] : a < b; });
-        double by_length = 0.0;
-        for (std::size_t first = 0; first < work.codewords; first += integer_group) {
-            const std::size_t last = std::min(first + integer_group, work.codewords) - 1;
-            by_length += std::sqrt(static_cast<double>(keys[order[last]]));
-        }
-        const double longest = std::sqrt(static_cast<double>(keys[order[work.codewords - 1]]));
-        if (groups_ < 4 || by_length < 0.5 * longest * static_cast<double>(groups_) || !is_stretched(work)) {
-            return false;
-        }
-        code_t* const split = order + work.codewords;
-        for (std::size_t c = 0; c < work.codewords; ++c) {
-            split[c] = static_cast<code_t>(c);
-        }
-        split_in_halves(work, split, work.codewords);
-        double by_center = 0.0;
-        for (std::size_t group = 0; group < groups_; ++group) {
-            by_center += center_group(work, split, group, group_centers);
-        }
-        if (by_center > 0.85 * by_length) {
-            return false;
-        }
-        work.order = split;
-        return true;
-    }
-
-    /// Whether codewords differ in some channel much more than in the others: the sign that they have a structure.
-    [[nodiscard]] bool is_stretched(const scratch& work) const noexcept {
-        float variance[most_integer_dim] = {};
-        for (std::size_t c = 0; c < work.codewords; ++c) {
+    /// Orders the codewords (`parts.codes`) such that groups have small bounds: by length, as suits residuals, or if
+    /// that tells them little apart by neighbourhood, each group around its own center, which `group_centers` then
+    /// points to. Returns the length of the longest codeword, shifted or not.
+    float sort_into_groups(const packed_codebook& book, const depth_parts& parts,
+                           const float*& group_centers) const noexcept {
+        float* const keys = parts.coarse_offsets;  // free until the groups are filled
+        code_t* const order = parts.codes;
+        float longest = 0.0F;
+        float variance = 0.0F;          // of all channels
+        float largest_variance = 0.0F;  // of one
+        for (std::size_t block = 0; block < book.blocks(); ++block) {
+            float lengths[search_block] = {};
+            float shifted_lengths[search_block] = {};
             for (std::size_t j = 0; j < dim_; ++j) {
-                variance[j] += work.rows[c * dim_ + j] * work.rows[c * dim_ + j];
+                const float* const weights = book.interleaved + (block * dim_ + j) * search_block;
+                const float center = parts.center[j];
+                for (std::size_t lane = 0; lane < search_block; ++lane) {
+                    const float shifted = weights[lane] - center;
+                    lengths[lane] += weights[lane] * weights[lane];
+                    shifted_lengths[lane] += shifted * shifted;
+                }
+            }
+            const std::size_t first = block * search_block;
+            for (std::size_t c = first; c < std::min(first + search_block, book.codewords); ++c) {
+                longest = std::max({longest, lengths[c - first], shifted_lengths[c - first]});
+                keys[c] = shifted_lengths[c - first];
+                order[c] = static_cast<code_t>(c);
             }
         }
-        float total = 0.0F;
         for (std::size_t j = 0; j < dim_; ++j) {
-            total += variance[j];
+            float sums[search_block] = {};
+            for (std::size_t block = 0; block < book.codewords / search_block; ++block) {
+                const float* const weights = book.interleaved + (block * dim_ + j) * search_block;
+                for (std::size_t lane = 0; lane < search_block; ++lane) {
+                    const float shifted = weights[lane] - parts.center[j];
+                    sums[lane] += shifted * shifted;
+                }
+            }
+            float sum = 0.0F;
+            for (const float lane : sums) {
+                sum += lane;
+            }
+            variance += sum;
+            largest_variance = std::max(largest_variance, sum);
         }
-        return *std::max_element(variance, variance + dim_) * static_cast<float>(dim_) > 5.0F * total;
+        partition_groups(keys, order, book.codewords);
+        float by_length = 0.0F;
+        float farthest = 0.0F;
+        for (std::size_t first = 0; first < book.codewords; first += integer_group) {
+            for (std::size_t i = first; i < std::min(first + integer_group, book.codewords); ++i) {
+                farthest = std::max(farthest, keys[order[i]]);
+            }
+            by_length += std::sqrt(farthest);
+        }
+        // Groups by neighbourhood cost a product with each center, and time now: only where they may gain much.
+        const bool alike = by_length > 0.5F * std::sqrt(farthest) * static_cast<float>(groups_);
+        const bool stretched = largest_variance * static_cast<float>(dim_) > 5.0F * variance;
+        if (groups_ >= 4 && alike && stretched) {
+            auto* const split = reinterpret_cast<code_t*>(parts.fine);  // free until the groups are filled
+            for (std::size_t c = 0; c < book.codewords; ++c) {
+                split[c] = static_cast<code_t>(c);
+            }
+            split_in_halves(book, keys, split, book.codewords);
+            float by_center = 0.0F;
+            for (std::size_t group = 0; group < groups_; ++group) {
+                by_center += center_group(book, parts, split, group);
+            }
+            if (by_center < 0.85F * by_length) {
+                std::copy_n(split, book.codewords, order);
+                group_centers = parts.group_centers;
+            }
+        }
+        return std::sqrt(longest);
     }
 
-    /// Sorts codewords along the direction in which they differ most (nearly: two steps of power iteration from the
-    /// channel of largest variance), and each half again, down to one group.
-    void split_in_halves(const scratch& work, code_t* order, std::size_t count) const {
+    /// Partitions `order` by rising key into groups; inside of a group the order is any.
+    static void partition_groups(const float* keys, code_t* order, std::size_t count) noexcept {
+        if (count > integer_group) {
+            const std::size_t half = halve(keys, order, count);
+            partition_groups(keys, order, half);
+            partition_groups(keys, order + half, count - half);
+        }
+    }
+    /// Puts the lower half, in whole groups, first. Returns its size.
+    static std::size_t halve(const float* keys, code_t* order, std::size_t count) noexcept {
+        const std::size_t half = (count / 2 + integer_group - 1) / integer_group * integer_group;
+        std::nth_element(order, order + half, order + count,
+                         [keys](code_t a, code_t b) { return keys[a] != keys[b] ? keys[a] < keys[b] : a < b; });
+        return half;
+    }
+
+    /// Partitions codewords along the direction in which they differ most (nearly: two steps of power iteration from
+    /// the channel of largest variance), and each half again, down to one group.
+    void split_in_halves(const packed_codebook& book, float* keys, code_t* order, std::size_t count) const noexcept {
         if (count <= integer_group) {
             return;
         }
+        float buffer[most_integer_dim];
         float mean[most_integer_dim] = {};
         float direction[most_integer_dim] = {};
-        float next[most_integer_dim];
+        float next[most_integer_dim] = {};
         for (std::size_t i = 0; i < count; ++i) {
+            const float* const row = row_of(book, order[i], buffer);
             for (std::size_t j = 0; j < dim_; ++j) {
-                mean[j] += work.rows[order[i] * dim_ + j];
+                mean[j] += row[j];
             }
         }
         for (std::size_t j = 0; j < dim_; ++j) {
             mean[j] /= static_cast<float>(count);
         }
         for (std::size_t i = 0; i < count; ++i) {
+            const float* const row = row_of(book, order[i], buffer);
             for (std::size_t j = 0; j < dim_; ++j) {
-                const float offset = work.rows[order[i] * dim_ + j] - mean[j];
-                next[j] = i == 0 ? offset * offset : next[j] + offset * offset;
+                next[j] += (row[j] - mean[j]) * (row[j] - mean[j]);
             }
         }
         direction[std::max_element(next, next + dim_) - next] = 1.0F;
         for (int round = 0; round < 2; ++round) {
             std::fill_n(next, dim_, 0.0F);
             for (std::size_t i = 0; i < count; ++i) {
-                const float along = project(work.rows + order[i] * dim_, mean, direction);
+                const float* const row = row_of(book, order[i], buffer);
+                const float along = project(row, mean, direction);
                 for (std::size_t j = 0; j < dim_; ++j) {
-                    next[j] += along * (work.rows[order[i] * dim_ + j] - mean[j]);
+                    next[j] += along * (row[j] - mean[j]);
                 }
             }
-            const double length = length_of(next);
-            for (std::size_t j = 0; j < dim_ && length > 0.0; ++j) {
-                direction[j] = static_cast<float>(static_cast<double>(next[j]) / length);
+            const float length = std::sqrt(squared_length(next));
+            for (std::size_t j = 0; j < dim_ && length > 0.0F; ++j) {
+                direction[j] = next[j] / length;
             }
         }
         for (std::size_t i = 0; i < count; ++i) {
-            work.keys[order[i]] = project(work.rows + order[i] * dim_, mean, direction);
+            keys[order[i]] = project(row_of(book, order[i], buffer), mean, direction);
         }
-        const float* const keys = work.keys;
-        const std::size_t half = (count / 2 + integer_group - 1) / integer_group * integer_group;
-        std::nth_element(order, order + half, order + count,
-                         [keys](code_t a, code_t b) { return keys[a] != keys[b] ? keys[a] < keys[b] : a < b; });
-        split_in_halves(work, order, half);
-        split_in_halves(work, order + half, count - half);
+        const std::size_t half = halve(keys, order, count);
+        split_in_halves(book, keys, order, half);
+        split_in_halves(book, keys, order + half, count - half);
     }
     [[nodiscard]] float project(const float* row, const float* mean, const float* direction) const noexcept {
-        float sum = 0.0F;
-        for (std::size_t j = 0; j < dim_; ++j) {
-            sum += (row[j] - mean[j]) * direction[j];
+        float sums[4] = {};  // one alone would wait for each addition
+        std::size_t j = 0;
+        for (; j + 4 <= dim_; j += 4) {
+            for (std::size_t i = 0; i < 4; ++i) {
+                sums[i] += (row[j + i] - mean[j + i]) * direction[j + i];
+            }
         }
-        return sum;
+        for (; j < dim_; ++j) {
+            sums[0] += (row[j] - mean[j]) * direction[j];
+        }
+        return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 
-    /// Notes the mean of a group's codewords and returns the largest distance from it.
-    double center_group(const scratch& work, const code_t* order, std::size_t group, float* group_centers) const {
+    /// Notes the mean of a group's codewords, shifted, and returns the largest distance from it.
+    float center_group(const packed_codebook& book, const depth_parts& parts, const code_t* order,
+                       std::size_t group) const noexcept {
         const std::size_t first = group * integer_group;
-        const std::size_t count = std::min(integer_group, work.codewords - first);
+        const std::size_t count = std::min(integer_group, book.codewords - first);
+        float buffer[most_integer_dim];
         float mean[most_integer_dim] = {};
         for (std::size_t i = 0; i < count; ++i) {
+            const float* const row = row_of(book, order[first + i], buffer);
             for (std::size_t j = 0; j < dim_; ++j) {
-                mean[j] += work.rows[order[first + i] * dim_ + j];
+                mean[j] += row[j];
             }
         }
         for (std::size_t j = 0; j < dim_; ++j) {
             mean[j] /= static_cast<float>(count);
-            group_centers[(group / search_block * dim_ + j) * search_block + group % search_block] = mean[j];
+            parts.group_centers[(group / search_block * dim_ + j) * search_block + group % search_block] =
+                mean[j] - parts.center[j];
         }
-        double farthest = 0.0;
+        float farthest = 0.0F;
         for (std::size_t i = 0; i < count; ++i) {
-            double distance = 0.0;
+            const float* const row = row_of(book, order[first + i], buffer);
+            float distance = 0.0F;
             for (std::size_t j = 0; j < dim_; ++j) {
-                distance += square(static_cast<double>(work.rows[order[first + i] * dim_ + j] - mean[j]));
+                distance += (row[j] - mean[j]) * (row[j] - mean[j]);
             }
             farthest = std::max(farthest, distance);
         }
@@ -326,64 +392,102 @@ private:
     }
 
     /// Rounds the codewords of a group; its places beyond the last codeword are padding, which never wins.
-    void fill_group(std::size_t group, float largest, const packed_codebook& book, const scratch& work,
-                    const depth_parts& parts, integer_codebook& view) const noexcept {
+    void fill_group(std::size_t group, float largest, const packed_codebook& book, const depth_parts& parts,
+                    integer_codebook& view) const noexcept {
         const std::size_t fine_dim = integer_fine_dim(dim_);
-        const code_t* const order = work.order + group * integer_group;
-        const std::size_t count = std::min(integer_group, work.codewords - group * integer_group);
-        float group_center[most_integer_dim] = {};
+        const std::size_t count = std::min(integer_group, book.codewords - group * integer_group);
+        code_t order[integer_group];
+        std::copy_n(parts.codes + group * integer_group, count, order);
+        alignas(64) float center[most_integer_dim] = {};
+        alignas(64) float group_center[most_integer_dim] = {};
+        std::copy_n(parts.center, dim_, center);
         for (std::size_t j = 0; j < dim_ && view.group_centers != nullptr; ++j) {
             group_center[j] =
                 view.group_centers[(group / search_block * dim_ + j) * search_block + group % search_block];
         }
+        alignas(64) float weights[integer_group][most_integer_dim];  // shifted; zeros behind the last channel
         float top = 0.0F;
         for (std::size_t i = 0; i < count; ++i) {
-            for (std::size_t j = 0; j < dim_; ++j) {
-                top = std::max(top, std::fabs(work.rows[order[i] * dim_ + j] - group_center[j]));
+            float buffer[most_integer_dim];
+            const float* const row = row_of(book, order[i], buffer);
+            float tops[strip] = {};
+            for (std::size_t first = 0; first < fine_dim; first += strip) {
+                float part[strip] = {};
+                std::copy_n(row + first, std::min(strip, dim_ - std::min(dim_, first)), part);
+                for (std::size_t j = 0; j < strip; ++j) {
+                    const float weight = part[j] - center[first + j];
+                    const float rest = std::fabs(weight - group_center[first + j]);
+                    weights[i][first + j] = weight;
+                    tops[j] = rest > tops[j] ? rest : tops[j];
+                }
+            }
+            for (const float one : tops) {
+                top = std::max(top, one);
             }
         }
-        const float step = std::max(top, largest * 1e-6F) / 127.0F;  // not so small that offsets overflow in steps
-        double norm = 0.0;
-        double error = 0.0;
+        // Not so small that offsets overflow in steps.
+        const float step = std::max(top, largest * 1e-6F) / static_cast<float>(coarse_zero_ - 1);
+        const float steps_in_one = 1.0F / step;
+        const float fine_steps_in_one = 1.0F / view.fine_step;
+        float norm = 0.0F;
+        float error = 0.0F;
         for (std::size_t i = 0; i < integer_group; ++i) {
             const std::size_t quad = group * search_block + i % search_block;
             const std::size_t place = quad * 4 + i / search_block;
+            if (i >= count) {
+                parts.codes[place] = 0;
+                parts.fine_offsets[place] = -std::numeric_limits<float>::infinity();
+                parts.coarse_offsets[group * integer_group + i] = -std::numeric_limits<float>::infinity();
+                continue;
+            }
             std::uint8_t* const coarse = parts.coarse + (group * quarters() * integer_group + i) * 4;
-            const bool padding = i >= count;
-            double offset =
-                padding ? -std::numeric_limits<double>::infinity() : static_cast<double>(book.offsets[order[i]]);
-            double square_sum = 0.0;
-            double error_sum = 0.0;
-            for (std::size_t j = 0; j < dim_ && !padding; ++j) {
-                const float weight = work.rows[order[i] * dim_ + j];
-                const float rest = weight - group_center[j];
-                const float coarse_weight = round(rest / step);
-                coarse[j / 4 * integer_group * 4 + j % 4] =
-                    static_cast<std::uint8_t>(128 + static_cast<int>(coarse_weight));
-                parts.fine[place * fine_dim + j] = static_cast<std::int16_t>(round(weight / view.fine_step));
-                // <x, c> + offset = <x - m, c - m> + (offset + <m, c - m>) + <x, m>; the last is the same for all c.
-                offset += static_cast<double>(weight) * static_cast<double>(parts.center[j]);
-                square_sum += square(static_cast<double>(rest));
-                error_sum +=
-                    square(static_cast<double>(rest) - static_cast<double>(coarse_weight) * static_cast<double>(step));
+            float products[strip] = {};
+            float squares[strip] = {};
+            float errors[strip] = {};
+            for (std::size_t first = 0; first < fine_dim; first += strip) {
+                std::uint8_t bytes[strip];
+                std::int16_t words[strip];
+                for (std::size_t j = 0; j < strip; ++j) {
+                    const float weight = weights[i][first + j];
+                    const float rest = weight - group_center[first + j];
+                    const float coarse_weight = round(rest * steps_in_one);
+                    const float lost = rest - coarse_weight * step;
+                    products[j] += weight * center[first + j];
+                    squares[j] += rest * rest;
+                    errors[j] += lost * lost;
+                    bytes[j] = static_cast<std::uint8_t>(coarse_zero_ + static_cast<int>(coarse_weight));
+                    words[j] = static_cast<std::int16_t>(round(weight * fine_steps_in_one));
+                }
+                std::copy_n(words, strip, parts.fine + place * fine_dim + first);
+                for (std::size_t j = 0; j < strip && first + j < dim_; j += 4) {
+                    std::copy_n(bytes + j, 4, coarse + (first + j) / 4 * integer_group * 4);
+                }
             }
-            norm = std::max(norm, square_sum);
-            error = std::max(error, error_sum);
-            parts.codes[place] = padding ? code_t{0} : order[i];
-            parts.fine_offsets[place] = static_cast<float>(offset);
-            parts.coarse_offsets[group * integer_group + i] = static_cast<float>(offset / static_cast<double>(step));
-            if (!padding) {
-                view.offset =
-                    std::max({view.offset, std::fabs(book.offsets[order[i]]), std::fabs(parts.fine_offsets[place])});
+            float product = 0.0F;
+            float square = 0.0F;
+            float lost = 0.0F;
+            for (std::size_t j = 0; j < strip; ++j) {
+                product += products[j];
+                square += squares[j];
+                lost += errors[j];
             }
+            norm = std::max(norm, square);
+            error = std::max(error, lost);
+            // <x, c> + offset = <x - m, c - m> + (offset + <m, c - m>) + <x, m>; the last is the same for all c.
+            const float offset = book.offsets[order[i]] + product;
+            parts.codes[place] = order[i];
+            parts.fine_offsets[place] = offset;
+            parts.coarse_offsets[group * integer_group + i] = offset * steps_in_one;
+            view.offset = std::max({view.offset, std::fabs(book.offsets[order[i]]), std::fabs(offset)});
         }
         parts.coarse_steps[group] = step;
-        parts.coarse_errors[group] = static_cast<float>(std::sqrt(error) * margin);
-        parts.norms[group] = static_cast<float>(std::sqrt(norm) * margin);
+        parts.coarse_errors[group] = std::sqrt(error) * margin;
+        parts.norms[group] = std::sqrt(norm) * margin;
     }
 
     std::size_t groups_ = 0;
     std::size_t dim_ = 0;
+    std::int32_t coarse_zero_ = 0;
     aligned_buffer<std::uint8_t> coarse_;
     aligned_buffer<std::int16_t> fine_;
     aligned_buffer<code_t> codes_;

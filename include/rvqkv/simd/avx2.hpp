@@ -11,6 +11,7 @@
 #include <immintrin.h>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
@@ -167,8 +168,94 @@ inline Reg load_as(const T* from) {
 
 inline constexpr bool has_lookup = false;
 
+// What follows is for the integer search (`integer_search.inl`).
+
+inline reg load_first(const float* from, std::size_t count) {
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_maskload_ps(from, _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lane));
+}
+inline ireg load(const std::uint8_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+inline ireg load(const std::int16_t* from) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+}
+inline void store(std::int16_t* to, ireg value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1)));
+}
+inline void store(std::int8_t* to, ireg value) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(value), _mm256_extracti128_si256(value, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+}
+inline reg multiply(reg a, reg b) {
+    return _mm256_mul_ps(a, b);
+}
+inline reg max(reg a, reg b) {
+    return _mm256_max_ps(a, b);
+}
+inline reg magnitude(reg value) {
+    return _mm256_andnot_ps(_mm256_set1_ps(-0.0F), value);
+}
+inline ireg to_integers(reg value) {
+    return _mm256_cvtps_epi32(value);
+}
+inline reg to_floats(ireg value) {
+    return _mm256_cvtepi32_ps(value);
+}
+inline reg as_floats(ireg value) {
+    return _mm256_castsi256_ps(value);
+}
+inline mask at_least(reg a, reg b) {
+    return _mm256_cmp_ps(a, b, _CMP_GE_OQ);
+}
+inline mask is_before(reg score, ireg code, reg other, ireg other_code) {
+    const mask lower = _mm256_castsi256_ps(_mm256_cmpgt_epi32(other_code, code));
+    return _mm256_or_ps(greater(score, other), _mm256_and_ps(_mm256_cmp_ps(score, other, _CMP_EQ_OQ), lower));
+}
+inline ireg add_where(mask where, ireg a, ireg b) {
+    return _mm256_add_epi32(a, _mm256_and_si256(_mm256_castps_si256(where), b));
+}
+inline unsigned nonzero(ireg value) {
+    return bits(_mm256_castsi256_ps(_mm256_cmpeq_epi32(value, _mm256_setzero_si256()))) ^ 0xffU;
+}
+inline float sum(reg value) {
+    __m128 half = _mm_add_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    half = _mm_add_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_add_ss(half, _mm_movehdup_ps(half)));
+}
+inline float largest(reg value) {
+    __m128 half = _mm_max_ps(_mm256_castps256_ps128(value), _mm256_extractf128_ps(value, 1));
+    half = _mm_max_ps(half, _mm_movehl_ps(half, half));
+    return _mm_cvtss_f32(_mm_max_ss(half, _mm_movehdup_ps(half)));
+}
+inline ireg multiply_pairs(ireg a, ireg b) {
+    return _mm256_madd_epi16(a, b);
+}
+inline __m128i sum_each(const ireg* four) {
+    const ireg both = _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]), _mm256_hadd_epi32(four[2], four[3]));
+    return _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+}
+
 #include "rvqkv/simd/kernels.inl"
 
+/// The integer search without VNNI: 16-bit sums of two products may not overflow, so codewords have seven bits.
+namespace plain {
+
+namespace float32 = avx2;
+inline constexpr simd_level integer_level = simd_level::avx2;
+inline constexpr std::int32_t most_coarse_zero = 64;
+inline constexpr int sum_rows = 4;  // 4 x 2 sums + 2 codewords + 1 row value + ones + products of 16 registers
+inline constexpr int sum_registers = 2;
+
+inline void add_products(ireg& sums, ireg codewords, ireg row) {
+    const ireg pairs = _mm256_maddubs_epi16(codewords, row);
+    sums = add(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+
+#include "rvqkv/simd/integer_search.inl"
+
+}  // namespace plain
 }  // namespace avx2
 RVQKV_TARGET_END
 RVQKV_NAMESPACE_END

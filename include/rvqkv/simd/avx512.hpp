@@ -12,6 +12,7 @@
 #include <immintrin.h>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
@@ -168,8 +169,96 @@ inline Reg load_as(const T* from) {
 
 #include "rvqkv/simd/lookup.inl"
 
+// What follows is for the integer search (`integer_search.inl`).
+
+inline reg load_first(const float* from, std::size_t count) {
+    return _mm512_maskz_loadu_ps(count < 16 ? static_cast<__mmask16>((1U << count) - 1U) : all, from);
+}
+inline ireg load(const std::uint8_t* from) {
+    return _mm512_loadu_si512(from);
+}
+inline ireg load(const std::int16_t* from) {
+    return _mm512_loadu_si512(from);
+}
+inline void store(std::int8_t* to, ireg value) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtsepi32_epi8(all, value));
+}
+inline void store(std::int16_t* to, ireg value) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtsepi32_epi16(all, value));
+}
+inline reg multiply(reg a, reg b) {
+    return _mm512_mul_ps(a, b);
+}
+inline reg max(reg a, reg b) {
+    return _mm512_maskz_max_ps(all, a, b);
+}
+inline reg magnitude(reg value) {
+    return _mm512_andnot_ps(_mm512_set1_ps(-0.0F), value);
+}
+inline ireg to_integers(reg value) {
+    return _mm512_maskz_cvtps_epi32(all, value);
+}
+inline reg to_floats(ireg value) {
+    return _mm512_maskz_cvtepi32_ps(all, value);
+}
+inline reg as_floats(ireg value) {
+    return _mm512_castsi512_ps(value);
+}
+inline mask at_least(reg a, reg b) {
+    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+}
+inline mask is_before(reg score, ireg code, reg other, ireg other_code) {
+    const mask equal = _mm512_cmp_ps_mask(score, other, _CMP_EQ_OQ);
+    return static_cast<mask>(greater(score, other) | _mm512_mask_cmplt_epi32_mask(equal, code, other_code));
+}
+inline ireg add_where(mask where, ireg a, ireg b) {
+    return _mm512_mask_add_epi32(a, where, a, b);
+}
+inline unsigned nonzero(ireg value) {
+    return _mm512_test_epi32_mask(value, value);
+}
+inline float sum(reg value) {
+    return avx2::sum(_mm256_add_ps(_mm512_maskz_extractf32x8_ps(0xff, value, 0),  //
+                                   _mm512_maskz_extractf32x8_ps(0xff, value, 1)));
+}
+inline float largest(reg value) {
+    return avx2::largest(
+        _mm256_max_ps(_mm512_maskz_extractf32x8_ps(0xff, value, 0), _mm512_maskz_extractf32x8_ps(0xff, value, 1)));
+}
+inline ireg multiply_pairs(ireg a, ireg b) {
+    return _mm512_madd_epi16(a, b);
+}
+inline __m128i sum_each(const ireg* four) {
+    const ireg left = add(_mm512_maskz_unpacklo_epi32(all, four[0], four[1]),  //
+                          _mm512_maskz_unpackhi_epi32(all, four[0], four[1]));
+    const ireg right =
+        add(_mm512_maskz_unpacklo_epi32(all, four[2], four[3]), _mm512_maskz_unpackhi_epi32(all, four[2], four[3]));
+    const ireg both = add(_mm512_maskz_unpacklo_epi64(0xff, left, right),  //
+                          _mm512_maskz_unpackhi_epi64(0xff, left, right));
+    const __m256i half = _mm256_add_epi32(_mm512_maskz_extracti32x8_epi32(0xff, both, 0),
+                                          _mm512_maskz_extracti32x8_epi32(0xff, both, 1));
+    return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+}
+
 #include "rvqkv/simd/kernels.inl"
 
+/// The integer search without VNNI: 16-bit sums of two products may not overflow, so codewords have seven bits.
+namespace plain {
+
+namespace float32 = avx512;
+inline constexpr simd_level integer_level = simd_level::avx512;
+inline constexpr std::int32_t most_coarse_zero = 64;
+inline constexpr int sum_rows = 6;
+inline constexpr int sum_registers = 4;
+
+inline void add_products(ireg& sums, ireg codewords, ireg row) {
+    const ireg pairs = _mm512_maddubs_epi16(codewords, row);
+    sums = add(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+}
+
+#include "rvqkv/simd/integer_search.inl"
+
+}  // namespace plain
 }  // namespace avx512
 RVQKV_TARGET_END
 RVQKV_NAMESPACE_END

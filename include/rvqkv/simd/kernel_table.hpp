@@ -31,7 +31,7 @@ inline constexpr std::size_t most_integer_dim = 256;
 /// The codewords are shifted by `center` and sorted into groups that have much in common: each has its own step.
 /// Place `64 g + 16 w + l` is lane `l` of block `w` of group `g`; its "quad" is `16 g + l`: the four blocks' codewords.
 struct integer_codebook {
-    const std::uint8_t* coarse = nullptr;   ///< `[groups, dim / 4, 64, 4]`: 128 + weight / coarse_steps.
+    const std::uint8_t* coarse = nullptr;   ///< `[groups, dim / 4, 64, 4]`: coarse_zero + weight / coarse_steps.
     const float* coarse_offsets = nullptr;  ///< `[groups, 64]`: offsets of the shifted codewords / coarse_steps.
     const float* coarse_steps = nullptr;    ///< `[groups]`
     const float* coarse_errors = nullptr;   ///< `[groups]`: largest length of codeword - coarse copy.
@@ -42,6 +42,7 @@ struct integer_codebook {
     const float* fine_offsets = nullptr;    ///< `[quads, 4]`: offsets of the shifted codewords.
     const code_t* codes = nullptr;          ///< `[quads, 4]`: which codewords they are.
     const float* center = nullptr;          ///< `[integer_fine_dim]`
+    std::int32_t coarse_zero = 0;           ///< 128: copies of eight bits; 64: of seven, for sums of 16 bits.
     float fine_step = 0.0F;
     float norm = 0.0F;           ///< Largest length of a codeword, shifted or not.
     float offset = 0.0F;         ///< Largest magnitude of an offset, shifted or not.

@@ -9,6 +9,7 @@
 #include "rvqkv/simd/avx2.hpp"
 #include "rvqkv/simd/avx512.hpp"
 #include "rvqkv/simd/avx512vnni.hpp"
+#include "rvqkv/simd/avxvnni.hpp"
 #include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 #include "rvqkv/simd/neon.hpp"
@@ -26,9 +27,10 @@ RVQKV_NAMESPACE_BEGIN
     }
     switch (level) {
 #if RVQKV_X86
-        case simd_level::avx2: return &avx2::kernels;
-        case simd_level::avx512: return &avx512::kernels;
-        case simd_level::avx512vnni: return &avx512vnni::kernels;
+        case simd_level::avx2: return &avx2::plain::kernels;
+        case simd_level::avxvnni: return &avx2::vnni::kernels;
+        case simd_level::avx512: return &avx512::plain::kernels;
+        case simd_level::avx512vnni: return &avx512::vnni::kernels;
 #endif
 #if RVQKV_NEON
         case simd_level::neon: return &neon::kernels;

@@ -107,9 +107,10 @@ inline void pack_rows(const float* x, std::size_t stride, std::size_t dim, float
 template <int Registers>
 inline void nearest_packed(const float* x, std::size_t stride, const packed_codebook& book, float* packed,
                            code_t* codes, float* scores) {
-    for (int v = 0; v < Registers; ++v) {
-        pack_rows(x + static_cast<std::size_t>(v * lanes) * stride, stride, book.dim, packed + v * lanes,
-                  static_cast<std::size_t>(Registers * lanes));
+    constexpr auto width = static_cast<std::size_t>(lanes);
+    constexpr std::size_t rows = Registers * width;
+    for (std::size_t v = 0; v < rows; v += width) {
+        pack_rows(x + v * stride, stride, book.dim, packed + v, rows);
     }
     nearest_of_lanes<Registers>(packed, book, codes, scores);
 }

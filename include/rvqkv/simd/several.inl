@@ -136,8 +136,12 @@ inline void find_maxima(const float* x, std::size_t rows, std::size_t stride, co
             maxima_tile<tile_rows, tile_registers>(x + v * stride, stride, codewords, offsets, book.dim, row_maxima(v));
         }
         for (; v < rows; ++v) {
-            const auto tile = whole ? maxima_tile<1, tile_registers> : maxima_tile<1, per_block>;
-            tile(x + v * stride, stride, codewords, offsets, book.dim, row_maxima(v));
+            const float* const row = x + v * stride;
+            if (whole) {
+                maxima_tile<1, tile_registers>(row, stride, codewords, offsets, book.dim, row_maxima(v));
+            } else {
+                maxima_tile<1, per_block>(row, stride, codewords, offsets, book.dim, row_maxima(v));
+            }
         }
         block += whole ? blocks_per_tile : 1;
     }

@@ -1,0 +1,168 @@
+// SPDX-License-Identifier: MIT
+// The eight-bit pass of the integer search, part of integer_search.inl: it keeps, of each group of 64 codewords, the
+// best of each lane ("quad": four codewords), and lists the quads that can hold the nearest codewords.
+
+/// Eight-bit scores of `Rows` rows against one group after the other: what each lane's best can be at most, and
+/// over all groups what it is at least.
+template <int Rows>
+__attribute__((noinline)) inline void coarse_tile(const std::int8_t* x, const integer_codebook& book,
+                                                  std::size_t quarters, std::size_t first_group, std::size_t groups,
+                                                  const row_facts* facts, const float* upper_bounds,
+                                                  const float* lower_bounds, float* upper, float* lower) {
+    constexpr int per_block = static_cast<int>(search_block) / lanes;  // registers that one block of codewords takes
+    constexpr int per_group = 4 * per_block;
+    const std::uint8_t* codewords = book.coarse + first_group * integer_group * quarters * 4;
+    const float* offsets = book.coarse_offsets + first_group * integer_group;
+    for (std::size_t g = 0; g < groups; ++g) {
+        for (int first = 0; first < per_group; first += sum_registers) {
+            ireg sums[Rows][sum_registers];
+            RVQKV_UNROLL
+            for (int v = 0; v < Rows; ++v) {
+                RVQKV_UNROLL
+                for (int w = 0; w < sum_registers; ++w) {
+                    sums[v][w] = broadcast(facts[v].start);
+                }
+            }
+            const std::int8_t* value = x;
+            const std::uint8_t* channel = codewords + first * lanes * 4;
+            for (std::size_t j = 0; j < quarters; ++j) {
+                ireg c[sum_registers];
+                RVQKV_UNROLL
+                for (int w = 0; w < sum_registers; ++w) {
+                    c[w] = load(channel + w * lanes * 4);
+                }
+                RVQKV_UNROLL
+                for (int v = 0; v < Rows; ++v) {
+                    std::int32_t four = 0;
+                    std::memcpy(&four, value + v * 4, 4);
+                    const ireg row = broadcast(four);
+                    RVQKV_UNROLL
+                    for (int w = 0; w < sum_registers; ++w) {
+                        add_products(sums[v][w], c[w], row);
+                    }
+                }
+                channel += integer_group * 4;
+                value += Rows * 4;
+            }
+            const reg step = broadcast(book.coarse_steps + first_group + g);
+            RVQKV_UNROLL
+            for (int v = 0; v < Rows; ++v) {
+                const reg row_step = broadcast(&facts[v].coarse_step);
+                const std::size_t at = static_cast<std::size_t>(v) * segment_groups + g;
+                reg best[per_block];
+                RVQKV_UNROLL
+                for (int w = 0; w < sum_registers; ++w) {
+                    const reg score = fma(as_floats(sums[v][w]), row_step, load(offsets + (first + w) * lanes));
+                    best[w % per_block] = w < per_block ? score : max(best[w % per_block], score);
+                }
+                RVQKV_UNROLL
+                for (int part = 0; part < per_block; ++part) {
+                    float* const to = upper + at * search_block + part * lanes;
+                    if (first > 0) {
+                        best[part] = max(best[part], load(to));
+                    }
+                    if (first + sum_registers < per_group) {
+                        store(to, best[part]);
+                        continue;
+                    }
+                    const reg scaled = multiply(best[part], step);
+                    store(to, add(scaled, broadcast(upper_bounds + at)));
+                    float* const least =
+                        lower + static_cast<std::size_t>(v) * marks + g % 2 * search_block + part * lanes;
+                    store(least, max(load(least), add(scaled, broadcast(lower_bounds + at))));
+                }
+            }
+        }
+        codewords += integer_group * quarters * 4;
+        offsets += integer_group;
+    }
+}
+
+/// `coarse_tile` for a number of rows that is known at run time, at most `Rows`.
+template <int Rows>
+inline void coarse_rows(std::size_t rows, const std::int8_t* x, const integer_codebook& book, std::size_t quarters,
+                        std::size_t first_group, std::size_t groups, std::size_t first_row, workspace& work) {
+    if (rows == Rows) {
+        const std::size_t at = first_row * segment_groups;
+        coarse_tile<Rows>(x, book, quarters, first_group, groups, work.facts + first_row, work.upper_bounds + at,
+                          work.lower_bounds + at, work.upper + at * 16, work.lower + first_row * marks);
+    } else if constexpr (Rows > 1) {
+        coarse_rows<Rows - 1>(rows, x, book, quarters, first_group, groups, first_row, work);
+    }
+}
+
+/// The `count`-th largest of `Of` numbers; if some are equal, perhaps a smaller one. Precondition: `1 <= count <= Of`.
+template <int Of>
+inline float largest_but(const float* numbers, std::size_t count) {
+    const float none = -__builtin_inff();
+    const float enough = static_cast<float>(count) - 1.0F;
+    reg top = broadcast(&none);
+    for (int part = 0; part < Of; part += lanes) {
+        const reg value = load(numbers + part);
+        ireg ahead = broadcast(0);
+        RVQKV_UNROLL
+        for (int i = 0; i < Of; ++i) {
+            ahead = add_where(greater(broadcast(numbers + i), value), ahead, broadcast(1));
+        }
+        top = max(top, select(at_least(to_floats(ahead), broadcast(&enough)), value, broadcast(&none)));
+    }
+    return largest(top);
+}
+
+/// A score that `count` codewords reach, by the marks of a row; the fewer they are, the fewer marks do.
+inline float reached_by(const float* row_marks, std::size_t count) {
+    if (count > search_block / 4) {
+        return largest_but<static_cast<int>(marks)>(row_marks, count);
+    }
+    alignas(64) float folded[search_block];
+    reg top = load(row_marks);
+    for (std::size_t part = 0; part < search_block; part += lanes) {
+        const reg best = max(load(row_marks + part), load(row_marks + search_block + part));
+        store(folded + part, best);
+        top = max(top, best);
+    }
+    return count == 1 ? largest(top) : largest_but<static_cast<int>(search_block)>(folded, count);
+}
+
+/// Which quads of a row can hold one of its `count` nearest codewords: bit `g` of lane `l` says group `g`, lane `l`.
+inline void flag_quads(const float* upper, const float* lower, std::size_t groups, std::size_t count,
+                       std::int32_t* flags, float& limit) {
+    limit = reached_by(lower, count);
+    const reg least = broadcast(&limit);
+    for (std::size_t part = 0; part < search_block; part += lanes) {
+        ireg of_lane = broadcast(0);
+        ireg bit = broadcast(1);
+        for (std::size_t g = 0; g < groups; ++g) {
+            of_lane = add_where(at_least(load(upper + g * search_block + part), least), of_lane, bit);
+            bit = add(bit, bit);
+        }
+        store(flags + part, of_lane);
+    }
+}
+
+/// Appends the flagged quads of a row to the candidates and returns their new number. If they are too many, the row's
+/// are left out and `ok` turns false.
+inline std::size_t list_quads(std::size_t row, std::size_t first_group, std::size_t count, bool& ok, workspace& work) {
+    const std::int32_t* const flags = work.flags + row * search_block;
+    unsigned flagged = 0;
+    for (std::size_t part = 0; part < search_block; part += lanes) {
+        flagged |= nonzero(load(flags + part)) << part;
+    }
+    const std::size_t start = count;
+    while (flagged != 0) {
+        const auto lane = static_cast<std::size_t>(__builtin_ctz(flagged));
+        flagged &= flagged - 1;
+        auto groups = static_cast<std::uint32_t>(flags[lane]);
+        do {
+            if (count - start == most_quads) {
+                ok = false;
+                return start;
+            }
+            const std::size_t group = first_group + static_cast<std::size_t>(__builtin_ctz(groups));
+            groups &= groups - 1;
+            work.quads[count] = static_cast<std::uint16_t>(group * search_block + lane);
+            work.rows[count++] = static_cast<std::uint8_t>(row);
+        } while (groups != 0);
+    }
+    return count;
+}
