@@ -33,8 +33,9 @@ rvqkv::aligned_buffer<float> inputs(const rvqkv::codebook_shape& shape, std::siz
 }
 
 void search(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t rows, std::size_t depth,
-            const rvqkv::kernel_table& kernels) {
-    const rvqkv::packed_codebook book = bench::codebooks(shape)[0].packed(depth);
+            bool by_integers, const rvqkv::kernel_table& kernels) {
+    rvqkv::packed_codebook book = bench::codebooks(shape)[0].packed(depth);
+    book.integers = by_integers ? book.integers : nullptr;
     const auto x = inputs(shape, rows, depth);
     std::vector<rvqkv::code_t> codes(rows);
     for (auto _ : state) {
@@ -71,7 +72,7 @@ void add(const std::string& name, const rvqkv::codebook_shape& shape, std::size_
         (name + "/" + bench::level_label(kernels.level) + "/" + bench::label(shape, rows, false) +
          (depth == 0 ? std::string() : "/depth:" + std::to_string(depth)))
             .c_str(),
-        search, shape, rows, depth, kernels);
+        search, shape, rows, depth, name == "search_exact", kernels);
 }
 
 const bool registered = [] {

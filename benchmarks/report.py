@@ -14,7 +14,8 @@ from shapes import sizes_of
 from targets import target_rows
 
 CEILINGS = ("fma_peak", "memory_read")
-LEVELS = ("generic", "neon", "avx2", "avx512")
+LEVELS = ("generic", "neon", "avx2", "avxvnni", "avx512", "avx512vnni")
+FLOAT32_OF = {"avxvnni": "avx2", "avx512vnni": "avx512"}  # what integer levels are compared with
 
 
 def level_order(level: str) -> tuple[int, str]:
@@ -57,9 +58,8 @@ class Ceilings:
                 self.read[place] = max(row["value"], self.read.get(place, 0.0))
 
     def fma(self, level: str) -> float | None:
-        """A level's float32 ceiling, that of `avx512` for `avx512vnni`: what integers save shows as more than 100 %."""
-        known = [name for name in self.flops if level.startswith(name)]
-        return self.flops[max(known, key=len)] if known else None
+        """A level's float32 ceiling: what integers save shows as more than 100 %."""
+        return self.flops.get(FLOAT32_OF.get(level, level))
 
     def of(self, row: dict) -> float | None:
         shape = sizes_of(row["shape"])

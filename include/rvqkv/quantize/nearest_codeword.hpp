@@ -20,8 +20,8 @@ RVQKV_NAMESPACE_BEGIN
 /// Errors:        none; a row with NaN or infinity, or one so large that every score overflows, gets some code below
 ///                `codewords`, 0 when no score compares.
 /// Threads:       concurrent calls on one codebook are safe.
-/// Complexity:    `n * codewords * dim` multiply-adds, of eight-bit integers at level `avx512vnni` for codebooks that
-///                have integer copies; no allocation, up to 100 KiB of stack.
+/// Complexity:    `n * codewords * dim` multiply-adds, of eight-bit integers on x86 for codebooks that have integer
+///                copies; no allocation, up to 100 KiB of stack.
 /// Numerics:      float32, channels in order, one rounding each: the same bits at every SIMD level.
 /// Paper:         arXiv 2410.15704, section 3; reference code: `VQVAEQuantize.decode` in vqllm/quantizer/quantize.py.
 inline void nearest_codeword(matrix_view<const float> x, const packed_codebook& book, std::span<code_t> codes,

@@ -1,20 +1,27 @@
 // SPDX-License-Identifier: MIT
 /// @file
 /// Run-time dispatch: the function table of a level, and the one to use on this machine.
+///
+/// The kernels of all levels take a compiler some seconds, in every file that includes this. A program of many files
+/// may define `RVQKV_SEPARATE_KERNELS` for all of them and compile `rvqkv/simd/compile_kernels.hpp` in one.
 #pragma once
 
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/simd_level.hpp"
-#include "rvqkv/simd/avx2.hpp"
-#include "rvqkv/simd/avx512.hpp"
-#include "rvqkv/simd/avx512vnni.hpp"
-#include "rvqkv/simd/avxvnni.hpp"
-#include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
-#include "rvqkv/simd/neon.hpp"
 
 #include <string>
+
+#ifdef RVQKV_SEPARATE_KERNELS
+RVQKV_NAMESPACE_BEGIN
+namespace detail {
+[[nodiscard]] const kernel_table& table_of(simd_level level) noexcept;
+}  // namespace detail
+RVQKV_NAMESPACE_END
+#else
+#include "rvqkv/simd/compile_kernels.hpp"
+#endif
 
 RVQKV_NAMESPACE_BEGIN
 
@@ -25,18 +32,7 @@ RVQKV_NAMESPACE_BEGIN
         return error{error_code::unsupported,
                      "SIMD level " + std::string(name_of(level)) + " is not available on this machine"};
     }
-    switch (level) {
-#if RVQKV_X86
-        case simd_level::avx2: return &avx2::plain::kernels;
-        case simd_level::avxvnni: return &avx2::vnni::kernels;
-        case simd_level::avx512: return &avx512::plain::kernels;
-        case simd_level::avx512vnni: return &avx512::vnni::kernels;
-#endif
-#if RVQKV_NEON
-        case simd_level::neon: return &neon::kernels;
-#endif
-        default: return &generic::kernels;
-    }
+    return &detail::table_of(level);
 }
 
 /// The table of `choose_simd_level()`, decided once.
