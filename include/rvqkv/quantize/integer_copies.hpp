@@ -45,9 +45,11 @@ public:
     }
     /// Whether codebooks of this size have integer copies in this process.
     [[nodiscard]] static bool wanted(std::size_t codewords, std::size_t dim) {
+        if (codewords < least_integer_codewords || dim < least_integer_dim || dim > most_integer_dim) {
+            return false;  // without asking the processor and the environment
+        }
         const unsigned bits = coarse_bits();
-        return bits != 0 && codewords >= least_integer_codewords && dim >= least_integer_dim &&
-               dim <= most_integer_dim && codewords * dim >= least_integer_weights(bits);
+        return bits != 0 && codewords * dim >= least_integer_weights(bits);
     }
 
     /// Copies for `depths` depths, still to be filled by `build`.

@@ -106,19 +106,14 @@ public:
                     codes[(first + i) * strides.vector + depth * strides.depth] = chosen[i];
                 }
             }
-            if (!squared_errors.empty()) {
-                for (std::size_t i = 0; i < vectors.rows; ++i) {
-                    squared_errors[depth] += detail::squared_norm({vectors.row(i), vectors.cols});
-                }
-            }
+            add_squared_errors(vectors, depth, squared_errors);
         }
     }
 
     /// Beam search: at every depth the `width` best paths so far are kept, not one; the best at the end is taken.
     /// Costs about `width` times `encode` and finds a smaller error.
-    /// Shapes, Preconditions: as `encode`; vectors are overwritten in the same way, and are as they were after an
-    /// error. Errors:        `invalid_argument` for a width of 0 or over 256, `unsupported` for a codebook of cosine
-    /// distance
+    /// Shapes, Preconditions: as `encode`; `vectors` are overwritten in the same way, but not after an error.
+    /// Errors:        `invalid_argument` for a width of 0 or over 256, `unsupported` for a codebook of cosine distance
     ///                (its scores do not measure the error); `out_of_memory` when the workspace cannot grow (it never
     ///                does after one call as wide with this codebook). Rows that are not finite get some valid codes.
     /// Complexity:    `n * (1 + (depths - 1) * width) * codewords * dim` multiply-adds.
@@ -166,6 +161,13 @@ public:
     }
 
 private:
+    /// Adds what a depth left to its error, if errors are asked for.
+    static void add_squared_errors(matrix_view<const float> left, std::size_t depth, std::span<double> squared_errors) {
+        for (std::size_t i = 0; !squared_errors.empty() && i < left.rows; ++i) {
+            squared_errors[depth] += detail::squared_norm({left.row(i), left.cols});
+        }
+    }
+
     /// Beam search for as many vectors as the workspace holds.
     void encode_paths(matrix_view<float> vectors, code_t* codes, code_strides strides, std::size_t width,
                       beam_workspace& work, std::span<double> squared_errors, const kernel_table& kernels) const {
@@ -190,9 +192,9 @@ private:
                 const std::size_t from = i * paths;
                 const std::size_t to = i * kept;
                 keep_best(work.scores.data() + from * wanted, work.codes.data() + from * wanted, sums + from, paths,
-                          wanted, kept, work.steps.data() + depth * most + to, next_sums + to);
+                          wanted, kept, work.steps.data() + depth * most + i * width, next_sums + to);
                 for (std::size_t path = 0; path < kept; ++path) {
-                    const auto& step = work.steps[depth * most + to + path];
+                    const auto& step = work.steps[depth * most + i * width + path];
                     std::copy_n(residuals + (from + step.parent) * dim, dim, next_residuals + (to + path) * dim);
                     taken[to + path] = step.code;
                 }
@@ -206,23 +208,12 @@ private:
         for (std::size_t i = 0; i < vectors.rows; ++i) {
             std::size_t path = 0;  // the best; paths are sorted
             for (std::size_t depth = book_.depths(); depth-- > 0;) {
-                const std::size_t kept = paths_after(depth, width);
-                const auto& step = work.steps[depth * most + i * kept + path];
+                const auto& step = work.steps[depth * most + i * width + path];
                 codes[i * strides.vector + depth * strides.depth] = step.code;
                 path = step.parent;
             }
         }
         subtract_path(vectors, codes, strides, work, squared_errors, kernels);
-    }
-
-    /// Paths of a vector that are left after a depth.
-    [[nodiscard]] std::size_t paths_after(std::size_t depth, std::size_t width) const noexcept {
-        const std::size_t wanted = std::min(width, book_.codewords());
-        std::size_t paths = 1;
-        for (std::size_t k = 0; k <= depth && paths < width; ++k) {
-            paths = std::min(width, paths * wanted);
-        }
-        return paths;
     }
 
     /// The `kept` best of `paths` lists of `wanted` codewords, each sorted by falling score, by sum of scores.
@@ -258,9 +249,7 @@ private:
             }
             kernels.weights<typename Book::weight_type>().subtract(vectors.data, vectors.rows, vectors.stride,
                                                                    book_.weights(depth).data(), book_.dim(), chosen);
-            for (std::size_t i = 0; !squared_errors.empty() && i < vectors.rows; ++i) {
-                squared_errors[depth] += detail::squared_norm({vectors.row(i), vectors.cols});
-            }
+            add_squared_errors(vectors, depth, squared_errors);
         }
     }
 

@@ -42,10 +42,9 @@ inline const float* codeword_part(const packed_codebook& book, std::size_t code,
     return buffer;
 }
 
-/// Scores of four pairs of a row and a codeword at once: one alone would wait for each of its sums.
+/// Scores of a row and four codewords at once: one alone would wait for each of its sums.
 inline constexpr std::size_t exact_chains = 4;
-inline void exact_scores(const float* const* rows, const packed_codebook& book, const std::int32_t* codes,
-                         float* scores) {
+inline void exact_scores(const float* x, const packed_codebook& book, const std::int32_t* codes, float* scores) {
     constexpr std::size_t strip = 256;  // channels at a time
     const float* codeword[exact_chains];
     float buffers[exact_chains][strip];
@@ -61,7 +60,7 @@ inline void exact_scores(const float* const* rows, const packed_codebook& book, 
         for (std::size_t j = 0; j < count; ++j) {
             RVQKV_UNROLL
             for (std::size_t i = 0; i < exact_chains; ++i) {
-                sums[i] = fma(rows[i][first + j], codeword[i][j], sums[i]);
+                sums[i] = fma(x[first + j], codeword[i][j], sums[i]);
             }
         }
     }
@@ -190,7 +189,6 @@ inline void take_several(const float* x, const packed_codebook& book, std::size_
         reached_groups[reached] = g;
         reached += reach[g] != 0 ? 1 : 0;
     }
-    const float* const rows[exact_chains] = {x, x, x, x};
     for (std::size_t i = 0; i < reached; ++i) {
         const std::size_t group = first_group + reached_groups[i];
         for (std::uint32_t quads = reach[reached_groups[i]]; quads != 0; quads &= quads - 1) {
@@ -201,7 +199,7 @@ inline void take_several(const float* x, const packed_codebook& book, std::size_
                 quad[w] = static_cast<std::int32_t>(code < book.codewords ? code : book.codewords - 1);
             }
             float exact[exact_chains];
-            exact_scores(rows, book, quad, exact);
+            exact_scores(x, book, quad, exact);
             std::size_t kept[exact_chains];
             std::size_t kept_count = 0;
             for (std::size_t w = 0; w < exact_chains; ++w) {
