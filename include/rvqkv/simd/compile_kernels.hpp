@@ -23,6 +23,8 @@ namespace detail {
 #define RVQKV_KERNELS_INLINE inline
 #endif
 
+// With separate kernels it is an ordinary function, which one file defines for all.
+// NOLINTBEGIN(misc-definitions-in-headers)
 /// The table of a level; the portable one's for those that this target does not have.
 [[nodiscard]] RVQKV_KERNELS_INLINE const kernel_table& table_of(simd_level level) noexcept {
     switch (level) {
@@ -38,6 +40,7 @@ namespace detail {
         default: return generic::kernels;
     }
 }
+// NOLINTEND(misc-definitions-in-headers)
 
 #undef RVQKV_KERNELS_INLINE
 
