@@ -41,7 +41,7 @@ void train_ema(benchmark::State& state, std::size_t threads) {
     for (auto _ : state) {
         std::copy_n(bench::held_out_vectors(bench::paper.dim).data(), left.size(), left.data());
         trainer.accumulate({left.data(), ema_rows, bench::paper.dim}, {}, {}, pool);
-        trainer.step().value();
+        trainer.step(pool).value();
     }
     bench::set_vectors(state, ema_rows);
 }

@@ -210,7 +210,7 @@ private:
             left -= run;
             at = 0;
         }
-        in(what, trainer.step());
+        in(what, trainer.step(workers_));
         return loss / static_cast<double>(batch_);
     }
 

@@ -302,11 +302,11 @@ public:
 
     /// The EMA weight update that closes a round of micro-batches.
     /// Errors: `invalid_argument` before `initialize` is through; `out_of_memory`.
-    [[nodiscard]] status step() {
+    [[nodiscard]] status step(const executor& workers = serial_executor()) {
         if (!ema_) {
             return error{error_code::invalid_argument, "step was called before initialize was through"};
         }
-        if (status wrong = ema_->step(); !wrong) {
+        if (status wrong = ema_->step(workers); !wrong) {
             return wrong;
         }
         ++state_.steps;

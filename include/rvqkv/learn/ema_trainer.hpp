@@ -180,17 +180,18 @@ public:
     /// sum divided by `(size + ε) / (N + codewords * ε) * N`, clamped.
     /// Errors:     `invalid_argument` when a weight is not finite, as after vectors that are not; the state is as it
     ///             was then.
-    /// Complexity: O(weights). Memory: one depth's averages once more while it runs.
+    /// Threads:    none of its own; depths are split over `workers`, without changing a bit of the result.
+    /// Complexity: O(weights). Memory: the averages once more while it runs.
     /// Paper:      `weight_update` in vqllm/quantizer/quantize.py.
-    [[nodiscard]] status step() {
+    [[nodiscard]] status step(const executor& workers = serial_executor()) {
         const codebook_shape shape = codebook().shape();
         const std::size_t depth_size = shape.codewords * shape.dim;
-        std::vector<float> sizes(shape.codewords);
-        std::vector<float> sums(depth_size);
-        for (std::size_t depth = 0; depth < shape.depths; ++depth) {
-            // On copies: the averages must stay as they are until nothing can fail.
-            std::copy_n(state_.cluster_sizes.data() + depth * shape.codewords, shape.codewords, sizes.data());
-            std::copy_n(state_.embedding_sums.data() + depth * depth_size, depth_size, sums.data());
+        // On copies: the averages must stay as they are until nothing can fail.
+        std::vector<float> all_sizes = state_.cluster_sizes;
+        std::vector<float> all_sums = state_.embedding_sums;
+        parallel_for(workers, shape.depths, [&](std::size_t depth) {
+            const auto sizes = std::span(all_sizes).subspan(depth * shape.codewords, shape.codewords);
+            const auto sums = std::span(all_sums).subspan(depth * depth_size, depth_size);
             decay(sizes, sums);
             const double total = std::accumulate(sizes.begin(), sizes.end(), 0.0);
             const double smoothing = total / (total + static_cast<double>(shape.codewords) * config_.epsilon);
@@ -203,16 +204,14 @@ public:
                     weight[j] = static_cast<float>(std::min(std::max(mean, -config_.clamp), config_.clamp));
                 }
             }
-        }
-        if (status wrong = book_.assign(std::span<const float>(state_.weights)); !wrong) {
+        });
+        if (status wrong = book_.assign(std::span<const float>(state_.weights), workers); !wrong) {
             const std::span<const float> before = codebook().weights();
             std::copy(before.begin(), before.end(), state_.weights.begin());
             return wrong;
         }
-        for (std::size_t depth = 0; depth < shape.depths; ++depth) {
-            decay(std::span(state_.cluster_sizes).subspan(depth * shape.codewords, shape.codewords),
-                  std::span(state_.embedding_sums).subspan(depth * depth_size, depth_size));
-        }
+        state_.cluster_sizes = std::move(all_sizes);
+        state_.embedding_sums = std::move(all_sums);
         return {};
     }
 

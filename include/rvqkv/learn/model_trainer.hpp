@@ -139,12 +139,12 @@ public:
     }
 
     /// The EMA weight update of every layer and side.
-    [[nodiscard]] status step() {
+    [[nodiscard]] status step(const executor& workers = serial_executor()) {
         for (auto& [layer, trainers] : layers_) {
-            if (status wrong = trainers.key.step(); !wrong) {
+            if (status wrong = trainers.key.step(workers); !wrong) {
                 return in(layer, "key", wrong.error());
             }
-            if (status wrong = trainers.value.step(); !wrong) {
+            if (status wrong = trainers.value.step(workers); !wrong) {
                 return in(layer, "value", wrong.error());
             }
         }

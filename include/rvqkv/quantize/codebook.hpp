@@ -8,6 +8,7 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/half.hpp"
+#include "rvqkv/core/parallel_for.hpp"
 #include "rvqkv/quantize/integer_copies.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 
@@ -111,9 +112,10 @@ public:
     /// Takes other weights of the same shape, in the memory that it has.
     /// Errors:     `invalid_argument` for another number of weights, or one that is not finite (once rounded); it is
     ///             as it was then.
+    /// Threads:    none of its own; depths are split over `workers`.
     /// Complexity: O(weights), no allocation.
     template <TensorElement Source>
-    [[nodiscard]] status assign(std::span<const Source> weights) {
+    [[nodiscard]] status assign(std::span<const Source> weights, const executor& workers = serial_executor()) {
         if (status wrong = check(shape_, weights.size()); !wrong) {
             return wrong;
         }
@@ -129,12 +131,12 @@ public:
         for (std::size_t i = 0; i < weights.size(); ++i) {
             weights_[i] = float_to<Weight>(to_float(weights[i]));
         }
-        for (std::size_t depth = 0; depth < shape_.depths; ++depth) {
+        parallel_for(workers, shape_.depths, [this](std::size_t depth) {
             build_search_layout(depth);
             if (integers_.bytes() != 0) {
                 integers_.build(depth, packed(depth));
             }
-        }
+        });
         return {};
     }
 

@@ -83,6 +83,7 @@ public:
     /// Complexity: O(codewords * dim), times log codewords if they have a structure; no allocation.
     void build(std::size_t depth, const packed_codebook& book) noexcept {
         const depth_parts parts = parts_of(depth);
+        const bool was_split = views_[depth].group_centers != nullptr;
         views_[depth] = {};
         const float largest = find_center(book, parts.center);
         if (!(largest > 1e-10F && largest < 1e10F)) {
@@ -94,12 +95,14 @@ public:
         view.coarse_steps = parts.coarse_steps;
         view.coarse_errors = parts.coarse_errors;
         view.norms = parts.norms;
+        view.center_squares = parts.center_squares;
+        view.tops = parts.tops;
         view.fine = parts.fine;
         view.fine_offsets = parts.fine_offsets;
         view.codes = parts.codes;
         view.center = parts.center;
         view.coarse_zero = coarse_zero_;
-        view.norm = sort_into_groups(book, parts, view.group_centers) * margin;
+        view.norm = sort_into_groups(book, parts, was_split, view.group_centers) * margin;
         view.fine_step = view.norm / 32000.0F;
         view.center_norm = std::sqrt(squared_length(parts.center)) * margin;
         view.half_root_dim = 0.51F * std::sqrt(static_cast<float>(dim_));
@@ -131,6 +134,8 @@ private:
         float* coarse_steps;
         float* coarse_errors;
         float* norms;
+        float* center_squares;
+        float* tops;
         float* center;
         float* group_centers;
     };
@@ -147,6 +152,8 @@ private:
                 steps,
                 steps + groups_,
                 steps + 2 * groups_,
+                steps + 3 * groups_,
+                steps + 4 * groups_,
                 center,
                 group_centers};
     }
@@ -181,9 +188,9 @@ private:
     [[nodiscard]] std::size_t centers_size() const noexcept {
         return (groups_ + 31) / 32 * 32 * dim_;  // read 32 at a time
     }
-    /// Offsets twice; the center; those of the groups; steps, errors and norms of the groups, read 32 at a time.
+    /// Offsets twice; the center; those of the groups; five numbers of each group, read of 32 at a time.
     [[nodiscard]] std::size_t float_size() const noexcept {
-        return (2 * places() + integer_fine_dim(dim_) + centers_size() + 3 * groups_ + 32 + 15) / 16 * 16;
+        return (2 * places() + integer_fine_dim(dim_) + centers_size() + 5 * groups_ + 32 + 15) / 16 * 16;
     }
 
     /// The mean of the codewords. Returns the largest magnitude of a weight.
@@ -213,11 +220,16 @@ private:
 
     /// Orders the codewords (`parts.codes`) such that groups have small bounds: by length, as suits residuals, or if
     /// that tells them little apart by neighbourhood, each group around its own center, which `group_centers` then
-    /// points to. Returns the length of the longest codeword, shifted or not.
-    float sort_into_groups(const packed_codebook& book, const depth_parts& parts,
+    /// points to. `was_split`: `parts.codes` are neighbourhoods from before the weights changed, and may go on being
+    /// so. Returns the length of the longest codeword, shifted or not.
+    float sort_into_groups(const packed_codebook& book, const depth_parts& parts, bool was_split,
                            const float*& group_centers) const noexcept {
         float* const keys = parts.coarse_offsets;  // free until the groups are filled
         code_t* const order = parts.codes;
+        auto* const split = reinterpret_cast<code_t*>(parts.fine);  // free until the groups are filled
+        for (std::size_t i = 0; was_split && i < book.codewords; ++i) {
+            split[i] = parts.codes[place_of(i / integer_group, i % integer_group)];
+        }
         float longest = 0.0F;
         float variance = 0.0F;          // of all channels
         float largest_variance = 0.0F;  // of one
@@ -269,14 +281,13 @@ private:
         const bool alike = by_length > 0.5F * std::sqrt(farthest) * static_cast<float>(groups_);
         const bool stretched = largest_variance * static_cast<float>(dim_) > 5.0F * variance;
         if (groups_ >= 4 && alike && stretched) {
-            auto* const split = reinterpret_cast<code_t*>(parts.fine);  // free until the groups are filled
-            for (std::size_t c = 0; c < book.codewords; ++c) {
-                split[c] = static_cast<code_t>(c);
-            }
-            split_in_halves(book, keys, split, book.codewords);
-            float by_center = 0.0F;
-            for (std::size_t group = 0; group < groups_; ++group) {
-                by_center += center_group(book, parts, split, group);
+            float by_center = was_split ? center_groups(book, parts, split) : by_length;
+            if (by_center >= 0.85F * by_length) {
+                for (std::size_t c = 0; c < book.codewords; ++c) {
+                    split[c] = static_cast<code_t>(c);
+                }
+                split_in_halves(book, keys, split, book.codewords);
+                by_center = center_groups(book, parts, split);
             }
             if (by_center < 0.85F * by_length) {
                 std::copy_n(split, book.codewords, order);
@@ -363,6 +374,18 @@ private:
         return (sums[0] + sums[1]) + (sums[2] + sums[3]);
     }
 
+    /// Where codeword `i` of a group stands in `codes` and the 16-bit copy: four of a lane make a quad.
+    static std::size_t place_of(std::size_t group, std::size_t i) noexcept {
+        return (group * search_block + i % search_block) * 4 + i / search_block;
+    }
+    /// `center_group` of all groups; returns the sum.
+    float center_groups(const packed_codebook& book, const depth_parts& parts, const code_t* order) const noexcept {
+        float sum = 0.0F;
+        for (std::size_t group = 0; group < groups_; ++group) {
+            sum += center_group(book, parts, order, group);
+        }
+        return sum;
+    }
     /// Notes the mean of a group's codewords, shifted, and returns the largest distance from it.
     float center_group(const packed_codebook& book, const depth_parts& parts, const code_t* order,
                        std::size_t group) const noexcept {
@@ -433,9 +456,9 @@ private:
         const float fine_steps_in_one = 1.0F / view.fine_step;
         float norm = 0.0F;
         float error = 0.0F;
+        float highest = -std::numeric_limits<float>::infinity();
         for (std::size_t i = 0; i < integer_group; ++i) {
-            const std::size_t quad = group * search_block + i % search_block;
-            const std::size_t place = quad * 4 + i / search_block;
+            const std::size_t place = place_of(group, i);
             if (i >= count) {
                 parts.codes[place] = 0;
                 parts.fine_offsets[place] = -std::numeric_limits<float>::infinity();
@@ -444,6 +467,7 @@ private:
             }
             std::uint8_t* const coarse = parts.coarse + (group * quarters() * integer_group + i) * 4;
             float products[strip] = {};
+            float lengths[strip] = {};
             float squares[strip] = {};
             float errors[strip] = {};
             for (std::size_t first = 0; first < fine_dim; first += strip) {
@@ -455,6 +479,7 @@ private:
                     const float coarse_weight = round(rest * steps_in_one);
                     const float lost = rest - coarse_weight * step;
                     products[j] += weight * center[first + j];
+                    lengths[j] += weight * weight;
                     squares[j] += rest * rest;
                     errors[j] += lost * lost;
                     bytes[j] = static_cast<std::uint8_t>(coarse_zero_ + static_cast<int>(coarse_weight));
@@ -466,10 +491,12 @@ private:
                 }
             }
             float product = 0.0F;
+            float length = 0.0F;
             float square = 0.0F;
             float lost = 0.0F;
             for (std::size_t j = 0; j < strip; ++j) {
                 product += products[j];
+                length += lengths[j];
                 square += squares[j];
                 lost += errors[j];
             }
@@ -477,6 +504,7 @@ private:
             error = std::max(error, lost);
             // <x, c> + offset = <x - m, c - m> + (offset + <m, c - m>) + <x, m>; the last is the same for all c.
             const float offset = book.offsets[order[i]] + product;
+            highest = std::max(highest, offset + 0.5F * length);
             parts.codes[place] = order[i];
             parts.fine_offsets[place] = offset;
             parts.coarse_offsets[group * integer_group + i] = offset * steps_in_one;
@@ -485,6 +513,8 @@ private:
         parts.coarse_steps[group] = step;
         parts.coarse_errors[group] = std::sqrt(error) * margin;
         parts.norms[group] = std::sqrt(norm) * margin;
+        parts.center_squares[group] = squared_length(group_center);
+        parts.tops[group] = highest;
     }
 
     std::size_t groups_ = 0;

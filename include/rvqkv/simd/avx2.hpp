@@ -206,6 +206,9 @@ inline reg to_floats(ireg value) {
 inline reg as_floats(ireg value) {
     return _mm256_castsi256_ps(value);
 }
+inline reg square_roots(reg value) {
+    return _mm256_sqrt_ps(value);
+}
 inline mask at_least(reg a, reg b) {
     return _mm256_cmp_ps(a, b, _CMP_GE_OQ);
 }

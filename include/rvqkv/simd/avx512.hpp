@@ -204,6 +204,9 @@ inline reg to_floats(ireg value) {
 inline reg as_floats(ireg value) {
     return _mm512_castsi512_ps(value);
 }
+inline reg square_roots(reg value) {
+    return _mm512_maskz_sqrt_ps(all, value);
+}
 inline mask at_least(reg a, reg b) {
     return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
 }

@@ -2,92 +2,128 @@
 // The eight-bit pass of the integer search, part of integer_search.inl: it keeps, of each group of 64 codewords, the
 // best of each lane ("quad": four codewords), and lists the quads that can hold the nearest codewords.
 
-/// Eight-bit scores of `Rows` rows against one group after the other: what each lane's best can be at most, and
-/// over all groups what it is at least.
+/// Numbers of groups, in the order in which they are visited.
+struct group_list {
+    std::uint8_t groups[segment_groups];
+    std::size_t count = 0;
+};
+
+/// Bit `g` alone, for each group.
+struct bit_table {
+    std::int32_t of[segment_groups];
+};
+inline constexpr bit_table group_bits = [] {
+    bit_table table{};
+    for (std::size_t g = 0; g < segment_groups; ++g) {
+        table.of[g] = static_cast<std::int32_t>(std::uint32_t{1} << g);
+    }
+    return table;
+}();
+
+/// The groups whose bits are set.
+inline group_list listed(std::uint32_t groups) {
+    group_list list;
+    for (; groups != 0; groups &= groups - 1) {
+        list.groups[list.count++] = static_cast<std::uint8_t>(__builtin_ctz(groups));
+    }
+    return list;
+}
+
+/// Eight-bit scores of `Rows` rows against one group: what each lane's best can be at most, and (over all groups) what
+/// it is at least. `place` is the first row's place of the group in the workspace, `turn` which half of the marks is
+/// next.
 template <int Rows>
-__attribute__((noinline)) inline void coarse_tile(const std::int8_t* x, const integer_codebook& book,
-                                                  std::size_t quarters, std::size_t first_group, std::size_t groups,
-                                                  const row_facts* facts, const float* upper_bounds,
-                                                  const float* lower_bounds, float* upper, float* lower) {
+__attribute__((noinline)) inline void coarse_group(const std::int8_t* x, const std::uint8_t* codewords,
+                                                   const float* offsets, const float* group_step, std::size_t quarters,
+                                                   std::size_t first_row, std::size_t place, std::size_t turn,
+                                                   workspace& work) {
     constexpr int per_block = static_cast<int>(search_block) / lanes;  // registers that one block of codewords takes
     constexpr int per_group = 4 * per_block;
-    const std::uint8_t* codewords = book.coarse + first_group * integer_group * quarters * 4;
-    const float* offsets = book.coarse_offsets + first_group * integer_group;
-    for (std::size_t g = 0; g < groups; ++g) {
-        for (int first = 0; first < per_group; first += sum_registers) {
-            ireg sums[Rows][sum_registers];
+    for (int first = 0; first < per_group; first += sum_registers) {
+        ireg sums[Rows][sum_registers];
+        RVQKV_UNROLL
+        for (int v = 0; v < Rows; ++v) {
             RVQKV_UNROLL
-            for (int v = 0; v < Rows; ++v) {
-                RVQKV_UNROLL
-                for (int w = 0; w < sum_registers; ++w) {
-                    sums[v][w] = broadcast(facts[v].start);
-                }
-            }
-            const std::int8_t* value = x;
-            const std::uint8_t* channel = codewords + first * lanes * 4;
-            for (std::size_t j = 0; j < quarters; ++j) {
-                ireg c[sum_registers];
-                RVQKV_UNROLL
-                for (int w = 0; w < sum_registers; ++w) {
-                    c[w] = load(channel + w * lanes * 4);
-                }
-                RVQKV_UNROLL
-                for (int v = 0; v < Rows; ++v) {
-                    std::int32_t four = 0;
-                    std::memcpy(&four, value + v * 4, 4);
-                    const ireg row = broadcast(four);
-                    RVQKV_UNROLL
-                    for (int w = 0; w < sum_registers; ++w) {
-                        add_products(sums[v][w], c[w], row);
-                    }
-                }
-                channel += integer_group * 4;
-                value += Rows * 4;
-            }
-            const reg step = broadcast(book.coarse_steps + first_group + g);
-            RVQKV_UNROLL
-            for (int v = 0; v < Rows; ++v) {
-                const reg row_step = broadcast(&facts[v].coarse_step);
-                const std::size_t at = static_cast<std::size_t>(v) * segment_groups + g;
-                reg best[per_block];
-                RVQKV_UNROLL
-                for (int w = 0; w < sum_registers; ++w) {
-                    const reg score = fma(as_floats(sums[v][w]), row_step, load(offsets + (first + w) * lanes));
-                    best[w % per_block] = w < per_block ? score : max(best[w % per_block], score);
-                }
-                RVQKV_UNROLL
-                for (int part = 0; part < per_block; ++part) {
-                    float* const to = upper + at * search_block + part * lanes;
-                    if (first > 0) {
-                        best[part] = max(best[part], load(to));
-                    }
-                    if (first + sum_registers < per_group) {
-                        store(to, best[part]);
-                        continue;
-                    }
-                    const reg scaled = multiply(best[part], step);
-                    store(to, add(scaled, broadcast(upper_bounds + at)));
-                    float* const least =
-                        lower + static_cast<std::size_t>(v) * marks + g % 2 * search_block + part * lanes;
-                    store(least, max(load(least), add(scaled, broadcast(lower_bounds + at))));
-                }
+            for (int w = 0; w < sum_registers; ++w) {
+                sums[v][w] = broadcast(work.facts[first_row + static_cast<std::size_t>(v)].start);
             }
         }
-        codewords += integer_group * quarters * 4;
-        offsets += integer_group;
+        const std::int8_t* value = x;
+        const std::uint8_t* channel = codewords + first * lanes * 4;
+        for (std::size_t j = 0; j < quarters; ++j) {
+            ireg c[sum_registers];
+            RVQKV_UNROLL
+            for (int w = 0; w < sum_registers; ++w) {
+                c[w] = load(channel + w * lanes * 4);
+            }
+            RVQKV_UNROLL
+            for (int v = 0; v < Rows; ++v) {
+                std::int32_t four = 0;
+                std::memcpy(&four, value + v * 4, 4);
+                const ireg row = broadcast(four);
+                RVQKV_UNROLL
+                for (int w = 0; w < sum_registers; ++w) {
+                    add_products(sums[v][w], c[w], row);
+                }
+            }
+            channel += integer_group * 4;
+            value += Rows * 4;
+        }
+        const reg step = broadcast(group_step);
+        RVQKV_UNROLL
+        for (int v = 0; v < Rows; ++v) {
+            const reg row_step = broadcast(&work.facts[first_row + static_cast<std::size_t>(v)].coarse_step);
+            const std::size_t at = place + static_cast<std::size_t>(v) * segment_groups;
+            reg best[per_block];
+            RVQKV_UNROLL
+            for (int w = 0; w < sum_registers; ++w) {
+                const reg score = fma(as_floats(sums[v][w]), row_step, load(offsets + (first + w) * lanes));
+                best[w % per_block] = w < per_block ? score : max(best[w % per_block], score);
+            }
+            RVQKV_UNROLL
+            for (int part = 0; part < per_block; ++part) {
+                float* const to = work.upper + at * search_block + part * lanes;
+                if (first > 0) {
+                    best[part] = max(best[part], load(to));
+                }
+                if (first + sum_registers < per_group) {
+                    store(to, best[part]);
+                    continue;
+                }
+                const reg scaled = multiply(best[part], step);
+                store(to, add(scaled, broadcast(work.upper_bounds + at)));
+                float* const least =
+                    work.lower + (first_row + static_cast<std::size_t>(v)) * marks + turn + part * lanes;
+                store(least, max(load(least), add(scaled, broadcast(work.lower_bounds + at))));
+            }
+        }
+    }
+}
+
+/// The same for one group after the other.
+template <int Rows>
+inline void coarse_tile(const std::int8_t* x, const integer_codebook& book, std::size_t quarters,
+                        std::size_t first_group, const group_list& list, std::size_t first_row, workspace& work) {
+    const std::uint8_t* const codewords = book.coarse + first_group * integer_group * quarters * 4;
+    const float* const offsets = book.coarse_offsets + first_group * integer_group;
+    const float* const steps = book.coarse_steps + first_group;
+    std::size_t turn = 0;
+    for (std::size_t i = 0; i < list.count; ++i) {
+        const std::size_t g = list.groups[i];
+        coarse_group<Rows>(x, codewords + g * integer_group * quarters * 4, offsets + g * integer_group, steps + g,
+                           quarters, first_row, first_row * segment_groups + g, turn, work);
+        turn ^= search_block;
     }
 }
 
 /// `coarse_tile` for a number of rows that is known at run time, at most `Rows`.
 template <int Rows>
 inline void coarse_rows(std::size_t rows, const std::int8_t* x, const integer_codebook& book, std::size_t quarters,
-                        std::size_t first_group, std::size_t groups, std::size_t first_row, workspace& work) {
+                        std::size_t first_group, const group_list& list, std::size_t first_row, workspace& work) {
     if (rows == Rows) {
-        const std::size_t at = first_row * segment_groups;
-        coarse_tile<Rows>(x, book, quarters, first_group, groups, work.facts + first_row, work.upper_bounds + at,
-                          work.lower_bounds + at, work.upper + at * 16, work.lower + first_row * marks);
+        coarse_tile<Rows>(x, book, quarters, first_group, list, first_row, work);
     } else if constexpr (Rows > 1) {
-        coarse_rows<Rows - 1>(rows, x, book, quarters, first_group, groups, first_row, work);
+        coarse_rows<Rows - 1>(rows, x, book, quarters, first_group, list, first_row, work);
     }
 }
 
@@ -125,16 +161,24 @@ inline float reached_by(const float* row_marks, std::size_t count) {
 }
 
 /// Which quads of a row can hold one of its `count` nearest codewords: bit `g` of lane `l` says group `g`, lane `l`.
-inline void flag_quads(const float* upper, const float* lower, std::size_t groups, std::size_t count,
+/// `list` names those that have been visited.
+inline void flag_quads(const float* upper, const float* lower, const group_list& list, bool in_order, std::size_t count,
                        std::int32_t* flags, float& limit) {
     limit = reached_by(lower, count);
     const reg least = broadcast(&limit);
     for (std::size_t part = 0; part < search_block; part += lanes) {
         ireg of_lane = broadcast(0);
-        ireg bit = broadcast(1);
-        for (std::size_t g = 0; g < groups; ++g) {
+        if (in_order) {
+            ireg bit = broadcast(1);
+            for (std::size_t g = 0; g < list.count; ++g) {
+                of_lane = add_where(at_least(load(upper + g * search_block + part), least), of_lane, bit);
+                bit = add(bit, bit);
+            }
+        }
+        for (std::size_t i = in_order ? list.count : 0; i < list.count; ++i) {
+            const std::size_t g = list.groups[i];
+            const ireg bit = broadcast(group_bits.of[g]);
             of_lane = add_where(at_least(load(upper + g * search_block + part), least), of_lane, bit);
-            bit = add(bit, bit);
         }
         store(flags + part, of_lane);
     }
@@ -165,4 +209,36 @@ inline std::size_t list_quads(std::size_t row, std::size_t first_group, std::siz
         } while (groups != 0);
     }
     return count;
+}
+
+/// The eight-bit pass of the rows of a tile, less the groups that cannot hold the nearest codeword of any of them: what
+/// the row's most promising group holds shows which. `products` are each row's with the groups' centers.
+/// Returns the groups that it has visited.
+inline group_list visit_reaching(std::size_t first_row, std::size_t rows, const integer_codebook& book, std::size_t dim,
+                                 std::size_t segment, std::size_t groups, const float* const* products,
+                                 workspace& work) {
+    const std::size_t quarters = (dim + 3) / 4;
+    const std::int8_t* const x = work.coarse + first_row * quarters * 4;
+    const std::uint32_t all = ~std::uint32_t{0} >> (segment_groups - groups);
+    std::uint32_t visited = 0;
+    for (std::size_t v = first_row; v < first_row + rows; ++v) {
+        float* const reaches = work.reaches + v * segment_groups;
+        set_reaches(work.facts[v], book, segment, dim, products[v], reaches);
+        for (std::size_t g = groups; g < segment_groups; ++g) {
+            reaches[g] = -__builtin_inff();
+        }
+        visited |= first_group(reaches) & all;
+    }
+    group_list list = listed(visited);
+    coarse_rows<sum_rows>(rows, x, book, quarters, segment, list, first_row, work);
+    std::uint32_t wanted = 0;
+    for (std::size_t v = first_row; v < first_row + rows; ++v) {
+        wanted |= groups_reaching(work.reaches + v * segment_groups, reached_by(work.lower + v * marks, 1));
+    }
+    const group_list rest = listed(wanted & all & ~visited);
+    coarse_rows<sum_rows>(rows, x, book, quarters, segment, rest, first_row, work);
+    for (std::size_t i = 0; i < rest.count; ++i) {
+        list.groups[list.count++] = rest.groups[i];
+    }
+    return list;
 }

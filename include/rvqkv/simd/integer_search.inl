@@ -17,6 +17,7 @@
 //   multiply_pairs: 16-bit products, added in pairs;   sum_each: the sums of the lanes of each of four registers
 // No include guard: that is the point.
 
+inline constexpr std::size_t batch_rows = 192;     // rows that are sorted together
 inline constexpr std::size_t chunk_rows = 12;      // rows that are searched together; their maxima fill half of L1
 inline constexpr std::size_t segment_groups = 32;  // groups that are searched together: 2,048 codewords
 inline constexpr std::size_t marks = 32;           // scores of a row, each reached by another codeword
@@ -44,13 +45,34 @@ inline void search(const float* x, std::size_t rows, std::size_t stride, const p
     const std::size_t quarters = (book.dim + 3) / 4;
     const std::size_t fine_dim = integer_fine_dim(book.dim);
     const bool need_score = scores != nullptr || all_groups > segment_groups;
+    const bool has_centers = integers.group_centers != nullptr;
+    const bool may_skip = count == 1 && has_centers;
+    const bool may_sort = may_skip && all_groups <= segment_groups;
     workspace work;
+    group_list visited = listed(~std::uint32_t{0});
+    std::uint8_t order[batch_rows];
     for (std::size_t first = 0; first < rows; first += chunk_rows) {
+        const std::size_t in_batch = first % batch_rows;
+        if (in_batch == 0) {
+            const std::size_t left = rows - first < batch_rows ? rows - first : batch_rows;
+            if (may_sort) {
+                sort_rows(x + first * stride, left, stride, book.dim, integers, all_groups, order, work);
+            } else {
+                for (std::size_t v = 0; v < left; ++v) {
+                    order[v] = static_cast<std::uint8_t>(v);
+                }
+            }
+        }
         const std::size_t in_chunk = rows - first < chunk_rows ? rows - first : chunk_rows;
-        const float* const chunk_x = x + first * stride;
+        std::size_t numbers[chunk_rows];
+        const float* chunk_x[chunk_rows];
+        for (std::size_t v = 0; v < in_chunk; ++v) {
+            numbers[v] = first - in_batch + order[in_batch + v];
+            chunk_x[v] = x + numbers[v] * stride;
+        }
         found best[chunk_rows];
         for (std::size_t v = 0; v < in_chunk; ++v) {
-            measure_row(chunk_x + v * stride, book.dim, integers, work.shifted + v * fine_dim, work.facts[v]);
+            measure_row(chunk_x[v], book.dim, integers, work.shifted + v * fine_dim, work.facts[v]);
             best[v] = {-__builtin_inff(), max_codewords, work.facts[v].usable};
         }
         for (std::size_t v = 0; v < in_chunk; ++v) {
@@ -60,31 +82,40 @@ inline void search(const float* x, std::size_t rows, std::size_t stride, const p
                       work.facts[v]);
         }
         for (std::size_t i = first * count; count > 1 && i < (first + in_chunk) * count; ++i) {
-            codes[i] = 0;
+            codes[i] = 0;  // these are in order
             scores[i] = -__builtin_inff();
         }
         for (std::size_t segment = 0; segment < all_groups; segment += segment_groups) {
             const std::size_t groups = all_groups - segment < segment_groups ? all_groups - segment : segment_groups;
-            for (std::size_t v = 0; v < in_chunk && integers.group_centers != nullptr; v += center_rows) {
+            for (std::size_t v = 0; v < in_chunk && has_centers && !may_sort; v += center_rows) {
                 multiply_centers<center_rows>(work.shifted + v * fine_dim, fine_dim,
                                               integers.group_centers + segment * book.dim, book.dim,
                                               work.products + v * segment_groups);
             }
+            const float* products[chunk_rows];
             for (std::size_t v = 0; v < in_chunk; ++v) {
-                set_bounds(work.facts[v], integers, segment,
-                           integers.group_centers != nullptr ? work.products + v * segment_groups : nullptr,
+                products[v] = work.products + (may_sort ? order[in_batch + v] : v) * segment_groups;
+            }
+            for (std::size_t v = 0; v < in_chunk; ++v) {
+                set_bounds(work.facts[v], integers, segment, has_centers ? products[v] : nullptr,
                            work.upper_bounds + v * segment_groups, work.lower_bounds + v * segment_groups);
                 for (std::size_t i = 0; i < marks; ++i) {
                     work.lower[v * marks + i] = -__builtin_inff();
                 }
             }
-            for (std::size_t v = 0; v < in_chunk; v += sum_rows) {
-                coarse_rows<sum_rows>(in_chunk - v < sum_rows ? in_chunk - v : sum_rows, work.coarse + v * quarters * 4,
-                                      integers, quarters, segment, groups, v, work);
-            }
-            for (std::size_t v = 0; v < in_chunk; ++v) {
-                flag_quads(work.upper + v * segment_groups * 16, work.lower + v * marks, groups, count,
-                           work.flags + v * 16, work.limits[v]);
+            for (std::size_t tile = 0; tile < in_chunk; tile += sum_rows) {
+                const std::size_t in_tile = in_chunk - tile < sum_rows ? in_chunk - tile : sum_rows;
+                if (may_skip) {
+                    visited = visit_reaching(tile, in_tile, integers, book.dim, segment, groups, products, work);
+                } else {
+                    visited.count = groups;
+                    coarse_rows<sum_rows>(in_tile, work.coarse + tile * quarters * 4, integers, quarters, segment,
+                                          visited, tile, work);
+                }
+                for (std::size_t v = tile; v < tile + in_tile; ++v) {
+                    flag_quads(work.upper + v * segment_groups * 16, work.lower + v * marks, visited, !may_skip, count,
+                               work.flags + v * 16, work.limits[v]);
+                }
             }
             std::size_t candidates = 0;
             for (std::size_t v = 0; v < in_chunk; ++v) {
@@ -96,20 +127,20 @@ inline void search(const float* x, std::size_t rows, std::size_t stride, const p
             }
             score_quads(integers, fine_dim, candidates, work);
             if (count == 1) {
-                settle(chunk_x, in_chunk, stride, book, candidates, need_score, best, work);
+                settle(chunk_x, in_chunk, book, candidates, need_score, best, work);
             } else {
-                settle_several(chunk_x, in_chunk, stride, book, candidates, count, segment == 0, best,
-                               codes + first * count, scores + first * count, work);
+                settle_several(chunk_x, in_chunk, book, candidates, count, segment == 0, best, codes + first * count,
+                               scores + first * count, work);
             }
         }
         for (std::size_t v = 0; v < in_chunk; ++v) {
-            const std::size_t at = (first + v) * count;
+            const std::size_t at = numbers[v] * count;
             if (!best[v].ok) {
                 if (count == 1) {
-                    float32::nearest(chunk_x + v * stride, 1, stride, book, codes + at,
+                    float32::nearest(chunk_x[v], 1, stride, book, codes + at,
                                      scores == nullptr ? nullptr : scores + at);
                 } else {
-                    float32::nearest_several(chunk_x + v * stride, 1, stride, book, count, codes + at, scores + at);
+                    float32::nearest_several(chunk_x[v], 1, stride, book, count, codes + at, scores + at);
                 }
             } else if (count == 1) {
                 codes[at] = static_cast<code_t>(best[v].code);

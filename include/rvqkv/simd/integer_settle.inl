@@ -61,8 +61,8 @@ inline unsigned above_limit(const workspace& work, std::size_t candidate) {
 
 /// The nearest codewords among a segment for all rows that are `ok`, into `best`. Loops without branches, apart from
 /// those that no processor can predict: these must not wait for results.
-inline void settle(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book,
-                   std::size_t candidates, bool need_score, found* best, workspace& work) {
+inline void settle(const float* const* x, std::size_t rows, const packed_codebook& book, std::size_t candidates,
+                   bool need_score, found* best, workspace& work) {
     const integer_codebook& integers = *book.integers;
     for (std::size_t i = 0; i < candidates; ++i) {
         const __m128 scores = _mm_load_ps(work.scores + i * 4);
@@ -94,7 +94,7 @@ inline void settle(const float* x, std::size_t rows, std::size_t stride, const p
         for (std::size_t i = 0; i < candidates; ++i) {
             for (unsigned above = work.rows[i] == v ? above_limit(work, i) : 0U; above != 0; above &= above - 1) {
                 const std::size_t code = integers.codes[work.quads[i] * 4 + __builtin_ctz(above)];
-                const float score = exact_score(x + v * stride, book, code);
+                const float score = exact_score(x[v], book, code);
                 if (score > best[v].score || (score == best[v].score && code < best[v].code)) {
                     best[v] = {score, code, true};
                 }
@@ -200,9 +200,9 @@ inline __m128i first_where(unsigned where, __m128i four) {
 }
 
 /// The same for the `count` nearest of each row, into the sorted lists `codes` and `scores`.
-inline void settle_several(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book,
-                           std::size_t candidates, std::size_t count, bool lists_are_empty, const found* best,
-                           code_t* codes, float* scores, workspace& work) {
+inline void settle_several(const float* const* x, std::size_t rows, const packed_codebook& book, std::size_t candidates,
+                           std::size_t count, bool lists_are_empty, const found* best, code_t* codes, float* scores,
+                           workspace& work) {
     const integer_codebook& integers = *book.integers;
     for (std::size_t v = 0; v < rows; ++v) {
         work.limits[v] -= fine_bound(work.facts[v], integers);
@@ -226,7 +226,7 @@ inline void settle_several(const float* x, std::size_t rows, std::size_t stride,
     std::size_t first = 0;
     for (std::size_t v = 0; v < rows; ++v) {
         for (; first < ends[v]; first += 8) {
-            exact_scores_of_eight(x + v * stride, book, found_codes + first, found_scores + first);
+            exact_scores_of_eight(x[v], book, found_codes + first, found_scores + first);
         }
         first = ends[v] != 0 ? ends[v] : first;
     }

@@ -38,6 +38,8 @@ struct integer_codebook {
     const float* norms = nullptr;           ///< `[groups]`: largest length of a codeword that is rounded.
     const float* group_centers = nullptr;   ///< `[groups / 16, dim, 16]`: subtracted from a group before it is rounded
                                             ///< to eight bits; null for none.
+    const float* center_squares = nullptr;  ///< `[groups]`: squared lengths of the groups' centers.
+    const float* tops = nullptr;            ///< `[groups]`: largest offset + half the squared length of a codeword.
     const std::int16_t* fine = nullptr;     ///< `[quads, 4, integer_fine_dim]`: weight / fine_step.
     const float* fine_offsets = nullptr;    ///< `[quads, 4]`: offsets of the shifted codewords.
     const code_t* codes = nullptr;          ///< `[quads, 4]`: which codewords they are.
