@@ -69,7 +69,7 @@ void check_several(const std::vector<float>& x, std::size_t rows, std::size_t st
     for (const rvqkv::simd_level level : test::levels()) {
         CAPTURE(rvqkv::name_of(level));
         ranked got{std::vector<code_t>(rows * count, 0xdead), std::vector<float>(rows * count, 7.0F)};
-        rvqkv::kernels_for(level).value()->nearest_several(x.data(), rows, stride, book.packed(0), count,
+        rvqkv::kernels_for(level).value()->nearest_several(x.data(), rows, stride, book.packed(0), count, {},
                                                            got.codes.data(), got.scores.data());
         CHECK(got.codes == expected.codes);
         CHECK(test::bits_of(got.scores) == test::bits_of(expected.scores));
@@ -128,6 +128,68 @@ TEST_CASE("nearest_several: a codebook of one codeword many times over", "[simd]
     }
     const auto book = book_type::create(shape, std::span<const float>(weights)).value();
     check_several(test::gaussian_numbers(random, 13 * 24), 13, 24, book, 6);
+}
+
+/// The `count` best of a family's lists, with the rows' leads: row and code.
+std::vector<std::pair<std::size_t, code_t>> merge(const ranked& lists, const std::vector<float>& leads,
+                                                  std::size_t first, std::size_t rows, std::size_t count) {
+    std::vector<std::pair<double, std::pair<std::size_t, code_t>>> all;
+    for (std::size_t i = first * count; i < (first + rows) * count; ++i) {
+        if (lists.scores[i] > -infinity) {
+            const double lead = static_cast<double>(leads[i / count]);
+            all.push_back({-lead - static_cast<double>(lists.scores[i]), {i / count, lists.codes[i]}});
+        }
+    }
+    std::sort(all.begin(), all.end());
+    std::vector<std::pair<std::size_t, code_t>> best;
+    for (std::size_t i = 0; i < std::min(count, all.size()); ++i) {
+        best.push_back(all[i].second);
+    }
+    return best;
+}
+
+TEST_CASE("nearest_several: a family's merged list is that of whole lists", "[simd][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(804);
+    for (int round = 0; round < 24; ++round) {
+        const codebook_shape shape{1, random.integer(500, 2500), random.integer(16, 48)};
+        std::vector<float> weights = test::make_weights(random, shape);
+        const float mean = round % 3 == 0 ? 4.0F : 0.0F;  // scores shifted by the center differ from row to row then
+        for (float& weight : weights) {
+            weight += mean;
+        }
+        const auto book = book_type::create(shape, std::span<const float>(weights)).value();
+        const std::size_t family = random.integer(2, 16);
+        const std::size_t rows = family * random.integer(1, 5);
+        const std::size_t count = random.integer(2, 16);
+        std::vector<float> x = test::gaussian_numbers(random, rows * shape.dim);
+        std::vector<float> leads = test::gaussian_numbers(random, rows);
+        for (std::size_t i = 0; i < rows; ++i) {
+            for (std::size_t j = 0; j < shape.dim; ++j) {
+                float& value = x[i * shape.dim + j];
+                // Paths of one vector are near each other, and so are their lists.
+                value = i % family == 0 ? value + mean : x[(i - i % family) * shape.dim + j] + 0.3F * value;
+            }
+            leads[i] *= round % 2 == 0 ? 0.1F : 3.0F;
+        }
+        if (round % 4 == 3) {
+            x[shape.dim] = std::numeric_limits<float>::quiet_NaN();
+            leads[rows - 1] = -infinity;
+            std::fill_n(x.begin() + static_cast<std::ptrdiff_t>((rows - 1) * shape.dim), shape.dim, 1e-30F);
+        }
+        CAPTURE(shape.codewords, shape.dim, family, rows, count, mean);
+        const ranked whole = sort_all(x.data(), rows, shape.dim, book.packed(0), count);
+        for (const rvqkv::simd_level level : test::levels()) {
+            CAPTURE(rvqkv::name_of(level));
+            ranked got{std::vector<code_t>(rows * count, 0xdead), std::vector<float>(rows * count, 7.0F)};
+            rvqkv::kernels_for(level).value()->nearest_several(x.data(), rows, shape.dim, book.packed(0), count,
+                                                               {family, leads.data()}, got.codes.data(),
+                                                               got.scores.data());
+            for (std::size_t first = 0; first < rows; first += family) {
+                CHECK(merge(got, leads, first, family, count) == merge(whole, leads, first, family, count));
+            }
+        }
+    }
 }
 
 // ---- The encoder ----

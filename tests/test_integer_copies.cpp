@@ -164,7 +164,7 @@ search_results search(rvqkv::simd_level level, const std::vector<float>& x, std:
                          std::vector<float>(rows * count)};
     packed.integers = integers;
     kernels.nearest(x.data(), rows, dim, packed, found.codes.data(), nullptr);
-    kernels.nearest_several(x.data(), rows, dim, packed, count, found.list_codes.data(), found.list_scores.data());
+    kernels.nearest_several(x.data(), rows, dim, packed, count, {}, found.list_codes.data(), found.list_scores.data());
     return found;
 }
 

@@ -30,9 +30,9 @@ public:
     /// Errors: `out_of_memory`, and it is as it was.
     [[nodiscard]] status reserve(std::size_t width, const codebook_shape& shape) {
         const std::size_t paths = vectors_at_once * width;
-        for (const status& grown :
-             {residuals.reserve(2 * paths * shape.dim), scores.reserve(paths * width),
-              codes.reserve(paths * (width + 1)), sums.reserve(2 * paths), steps.reserve(paths * shape.depths)}) {
+        for (const status& grown : {residuals.reserve(2 * paths * shape.dim), scores.reserve(paths * width),
+                                    codes.reserve(paths * (width + 1)), sums.reserve(2 * paths), leads.reserve(paths),
+                                    steps.reserve(paths * shape.depths)}) {
             if (!grown) {
                 return grown.error();
             }
@@ -40,7 +40,7 @@ public:
         return {};
     }
     [[nodiscard]] std::size_t bytes() const noexcept {
-        return residuals.bytes() + scores.bytes() + codes.bytes() + sums.bytes() + steps.bytes();
+        return residuals.bytes() + scores.bytes() + codes.bytes() + sums.bytes() + leads.bytes() + steps.bytes();
     }
 
 private:
@@ -58,6 +58,7 @@ private:
     aligned_buffer<float> scores;     ///< `[vector, path, width]`
     aligned_buffer<code_t> codes;     ///< `[vector, path, width]`, then `[vector, path]`: the ones taken
     aligned_buffer<double> sums;      ///< `[2, vector, path]`: scores of the path's codewords
+    aligned_buffer<float> leads;      ///< `[vector, path]`: sums less that of the vector's first path
     aligned_buffer<step> steps;       ///< `[depth, vector, path]`
 };
 
@@ -185,9 +186,14 @@ private:
         }
         std::size_t paths = 1;  // of each vector
         for (std::size_t depth = 0; depth < book_.depths(); ++depth) {
-            kernels.nearest_several(residuals, vectors.rows * paths, dim, book_.packed(depth), wanted,
-                                    work.codes.data(), work.scores.data());
             const std::size_t kept = std::min(width, paths * wanted);
+            for (std::size_t i = 0; i < vectors.rows * paths; ++i) {
+                work.leads[i] = static_cast<float>(sums[i] - sums[i - i % paths]);
+            }
+            const bool merged = kept == wanted;  // else some lists go into the merged one whole
+            kernels.nearest_several(residuals, vectors.rows * paths, dim, book_.packed(depth), wanted,
+                                    {paths, merged ? work.leads.data() : nullptr}, work.codes.data(),
+                                    work.scores.data());
             for (std::size_t i = 0; i < vectors.rows; ++i) {
                 const std::size_t from = i * paths;
                 const std::size_t to = i * kept;

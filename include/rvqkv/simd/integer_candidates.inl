@@ -160,11 +160,75 @@ inline float reached_by(const float* row_marks, std::size_t count) {
     return count == 1 ? largest(top) : largest_but<static_cast<int>(search_block)>(folded, count);
 }
 
-/// Which quads of a row can hold one of its `count` nearest codewords: bit `g` of lane `l` says group `g`, lane `l`.
-/// `list` names those that have been visited.
-inline void flag_quads(const float* upper, const float* lower, const group_list& list, bool in_order, std::size_t count,
-                       std::int32_t* flags, float& limit) {
-    limit = reached_by(lower, count);
+/// A score that `count` codewords of a family's rows reach with their leads, by the rows' marks and the products of the
+/// shifted rows with the center; from it, what scores of each row must reach to be among them. The rows are those of
+/// the family in this chunk.
+inline void set_joint_limits(std::size_t first_row, std::size_t rows, std::size_t count, const float* leads,
+                             std::size_t dim, const integer_codebook& book, workspace& work) {
+    const float zero = 0.0F;
+    const float none = -__builtin_inff();
+    const std::size_t fine_dim = integer_fine_dim(dim);
+    alignas(64) float reached[chunk_rows * search_block];
+    float ahead[chunk_rows];  // of the row's shifted scores to the family's
+    float largest_lead = 0.0F;
+    float lost = 0.0F;
+    for (std::size_t i = 0; i < rows; ++i) {
+        const std::size_t v = first_row + i;
+        reg products = broadcast(&zero);
+        for (std::size_t j = 0; j < fine_dim; j += lanes) {
+            products = fma(load(work.shifted + v * fine_dim + j), load(book.center + j), products);
+        }
+        const float product = sum(products);
+        ahead[i] = leads[i] + product;
+        const float magnitude = __builtin_fabsf(leads[i]) + __builtin_fabsf(product);
+        largest_lead = magnitude > largest_lead ? magnitude : largest_lead;
+        lost = work.facts[v].norm > lost ? work.facts[v].norm : lost;
+        const float* const row_marks = work.lower + v * marks;
+        for (std::size_t part = 0; part < search_block; part += lanes) {
+            const reg best = max(load(row_marks + part), load(row_marks + search_block + part));
+            const reg shown = add(best, broadcast(ahead + i));
+            store(reached + i * search_block + part, work.facts[v].usable ? shown : broadcast(&none));
+        }
+    }
+    float limit = none;
+    for (std::size_t k = 0; k < count; ++k) {
+        reg top = broadcast(&none);
+        for (std::size_t at = 0; at < rows * search_block; at += lanes) {
+            top = max(top, load(reached + at));
+        }
+        limit = largest(top);
+        for (std::size_t at = 0; at < rows * search_block; at += lanes) {
+            const reg value = load(reached + at);
+            store(reached + at, select(at_least(value, broadcast(&limit)), broadcast(&none), value));
+        }
+    }
+    lost *= static_cast<float>(dim + 24) * 6.0e-8F * book.center_norm;
+    for (std::size_t i = 0; i < rows; ++i) {
+        // Twice: the row that reaches the limit, and the one that is compared with it.
+        const float joint = limit - ahead[i] - 2.0F * lost - 1e-6F * (__builtin_fabsf(limit) + largest_lead);
+        float& own = work.limits[first_row + i];
+        own = joint > own ? joint : own;
+    }
+}
+
+/// What scores of a chunk's rows must reach to be among the `count` best, of their own or of their family.
+inline void set_limits(std::size_t rows, std::size_t count, row_families families, std::size_t first_row_number,
+                       std::size_t dim, const integer_codebook& book, workspace& work) {
+    const bool joint = families.leads != nullptr && families.rows > 1;
+    for (std::size_t v = 0; v < rows; ++v) {
+        work.limits[v] = joint ? -__builtin_inff() : reached_by(work.lower + v * marks, count);
+    }
+    for (std::size_t v = 0; v < rows && joint;) {
+        const std::size_t left = families.rows - (first_row_number + v) % families.rows;
+        const std::size_t members = left < rows - v ? left : rows - v;
+        set_joint_limits(v, members, count, families.leads + first_row_number + v, dim, book, work);
+        v += members;
+    }
+}
+
+/// Which quads of a row can hold one of its `count` nearest codewords, whose scores reach `limit`: bit `g` of lane `l`
+/// says group `g`, lane `l`. `list` names those that have been visited.
+inline void flag_quads(const float* upper, float limit, const group_list& list, bool in_order, std::int32_t* flags) {
     const reg least = broadcast(&limit);
     for (std::size_t part = 0; part < search_block; part += lanes) {
         ireg of_lane = broadcast(0);

@@ -39,7 +39,7 @@ inline constexpr std::int32_t magic_bits = 0x4b400000;
 /// Searches a codebook that has integer copies: the `count` nearest codewords of each row. `scores` may be null if that
 /// is one.
 inline void search(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book, std::size_t count,
-                   code_t* codes, float* scores) {
+                   row_families families, code_t* codes, float* scores) {
     const integer_codebook& integers = *book.integers;
     const std::size_t all_groups = (book.codewords + integer_group - 1) / integer_group;
     const std::size_t quarters = (book.dim + 3) / 4;
@@ -49,7 +49,7 @@ inline void search(const float* x, std::size_t rows, std::size_t stride, const p
     const bool may_skip = count == 1 && has_centers;
     const bool may_sort = may_skip && all_groups <= segment_groups;
     workspace work;
-    group_list visited = listed(~std::uint32_t{0});
+    group_list whole = listed(~std::uint32_t{0});
     std::uint8_t order[batch_rows];
     for (std::size_t first = 0; first < rows; first += chunk_rows) {
         const std::size_t in_batch = first % batch_rows;
@@ -87,6 +87,7 @@ inline void search(const float* x, std::size_t rows, std::size_t stride, const p
         }
         for (std::size_t segment = 0; segment < all_groups; segment += segment_groups) {
             const std::size_t groups = all_groups - segment < segment_groups ? all_groups - segment : segment_groups;
+            whole.count = groups;
             for (std::size_t v = 0; v < in_chunk && has_centers && !may_sort; v += center_rows) {
                 multiply_centers<center_rows>(work.shifted + v * fine_dim, fine_dim,
                                               integers.group_centers + segment * book.dim, book.dim,
@@ -103,19 +104,21 @@ inline void search(const float* x, std::size_t rows, std::size_t stride, const p
                     work.lower[v * marks + i] = -__builtin_inff();
                 }
             }
-            for (std::size_t tile = 0; tile < in_chunk; tile += sum_rows) {
-                const std::size_t in_tile = in_chunk - tile < sum_rows ? in_chunk - tile : sum_rows;
+            group_list visited[(chunk_rows + sum_rows - 1) / sum_rows];
+            for (std::size_t v = 0; v < in_chunk; v += sum_rows) {
+                const std::size_t in_tile = in_chunk - v < sum_rows ? in_chunk - v : sum_rows;
                 if (may_skip) {
-                    visited = visit_reaching(tile, in_tile, integers, book.dim, segment, groups, products, work);
+                    visited[v / sum_rows] =
+                        visit_reaching(v, in_tile, integers, book.dim, segment, groups, products, work);
                 } else {
-                    visited.count = groups;
-                    coarse_rows<sum_rows>(in_tile, work.coarse + tile * quarters * 4, integers, quarters, segment,
-                                          visited, tile, work);
+                    coarse_rows<sum_rows>(in_tile, work.coarse + v * quarters * 4, integers, quarters, segment, whole,
+                                          v, work);
                 }
-                for (std::size_t v = tile; v < tile + in_tile; ++v) {
-                    flag_quads(work.upper + v * segment_groups * 16, work.lower + v * marks, visited, !may_skip, count,
-                               work.flags + v * 16, work.limits[v]);
-                }
+            }
+            set_limits(in_chunk, count, families, first, book.dim, integers, work);
+            for (std::size_t v = 0; v < in_chunk; ++v) {
+                flag_quads(work.upper + v * segment_groups * 16, work.limits[v],
+                           may_skip ? visited[v / sum_rows] : whole, !may_skip, work.flags + v * 16);
             }
             std::size_t candidates = 0;
             for (std::size_t v = 0; v < in_chunk; ++v) {
@@ -140,7 +143,7 @@ inline void search(const float* x, std::size_t rows, std::size_t stride, const p
                     float32::nearest(chunk_x[v], 1, stride, book, codes + at,
                                      scores == nullptr ? nullptr : scores + at);
                 } else {
-                    float32::nearest_several(chunk_x[v], 1, stride, book, count, codes + at, scores + at);
+                    float32::nearest_several(chunk_x[v], 1, stride, book, count, {}, codes + at, scores + at);
                 }
             } else if (count == 1) {
                 codes[at] = static_cast<code_t>(best[v].code);
@@ -159,18 +162,18 @@ inline bool has_copies(const packed_codebook& book) {
 inline void nearest(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book, code_t* codes,
                     float* scores) {
     if (has_copies(book)) {
-        search(x, rows, stride, book, 1, codes, scores);
+        search(x, rows, stride, book, 1, {}, codes, scores);
     } else {
         float32::nearest(x, rows, stride, book, codes, scores);
     }
 }
 
 inline void nearest_several(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book,
-                            std::size_t count, code_t* codes, float* scores) {
+                            std::size_t count, row_families families, code_t* codes, float* scores) {
     if (has_copies(book) && count <= max_several) {
-        search(x, rows, stride, book, count, codes, scores);
+        search(x, rows, stride, book, count, families, codes, scores);
     } else {
-        float32::nearest_several(x, rows, stride, book, count, codes, scores);
+        float32::nearest_several(x, rows, stride, book, count, families, codes, scores);
     }
 }
 

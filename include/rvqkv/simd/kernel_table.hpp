@@ -70,6 +70,13 @@ struct code_strides {
     std::size_t depth = 0;
 };
 
+/// Rows whose lists of nearest codewords will be merged: `rows` at a time are a family, and `leads[row]` is added to a
+/// row's scores before they are compared. With null each row stands alone.
+struct row_families {
+    std::size_t rows = 1;
+    const float* leads = nullptr;
+};
+
 /// The inner loops at one SIMD level. All levels give the same bits.
 struct kernel_table {
     simd_level level;
@@ -82,9 +89,9 @@ struct kernel_table {
 
     /// For each of `rows` vectors: the `count` codewords with the largest scores, by falling score, lowest index first
     /// on ties. `codes` and `scores` are `[rows, count]`. What there is not (scores that are NaN or -infinity, or fewer
-    /// codewords) is code 0 with score -infinity.
+    /// codewords) is code 0 with score -infinity; so may be what cannot be among the `count` best of the row's family.
     void (*nearest_several)(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book,
-                            std::size_t count, code_t* codes, float* scores);
+                            std::size_t count, row_families families, code_t* codes, float* scores);
 
     /// The loops that read codewords, for each type that stores them; `dim` channels, row-major.
     template <class Weight>

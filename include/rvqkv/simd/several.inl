@@ -215,7 +215,7 @@ inline void take_several(const float* x, const packed_codebook& book, std::size_
 }
 
 inline void nearest_several(const float* x, std::size_t rows, std::size_t stride, const packed_codebook& book,
-                            std::size_t count, code_t* codes, float* scores) {
+                            std::size_t count, row_families, code_t* codes, float* scores) {
     alignas(64) float maxima[several_rows * several_groups * search_block];
     for (std::size_t i = 0; i < rows * count; ++i) {
         codes[i] = 0;
