@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: MIT
+/// @file
+/// One layer of a model as its cache sees it: heads, formats, and what positions do to the keys.
+#pragma once
+
+#include "rvqkv/attend/rope.hpp"
+#include "rvqkv/core/config.hpp"
+#include "rvqkv/core/half.hpp"
+#include "rvqkv/quantize/codec.hpp"
+
+#include <cstddef>
+#include <limits>
+#include <memory>
+#include <vector>
+
+RVQKV_NAMESPACE_BEGIN
+
+/// A layer's keys, or its values: what codes them, and how many heads they have. Sides may differ in everything.
+struct kv_side_config {
+    std::shared_ptr<const rvqkv::codec> codec;
+    std::size_t heads = 0;  ///< KV heads, not query heads.
+};
+
+/// In which state keys are stored.
+enum class key_coding {
+    as_given,        ///< The cache knows no positions: attention multiplies queries and keys as they come.
+    before_rope,     ///< Not turned; turned when they are read, which makes shifting positions exact. The paper's way.
+    after_rope,      ///< Turned to their position: attention can read codes through tables.
+    block_relative,  ///< Turned by their distance from their block's start; the query takes the rest, block by block.
+};
+
+/// One layer. For a model's 32 equal layers of 8 KV heads: `layers.assign(32, {{key_codec, 8}, {value_codec, 8}})`.
+struct kv_layer_config {
+    kv_side_config keys;
+    kv_side_config values;
+    std::size_t query_heads = 0;     ///< A multiple of the KV heads, which are then as many for keys and values; 0: equal.
+    std::size_t sliding_window = 0;  ///< Tokens that a query sees, its own included; 0: all.
+    key_coding coding = key_coding::as_given;
+    bool turned_input = true;         ///< Whether keys and queries come after rotary embedding (not for `as_given`).
+    rope_config rope;                 ///< Not for `as_given`.
+    std::vector<float> key_mean;      ///< `[head, head_dim]` before rotary embedding, taken out of what is coded; or empty.
+    std::size_t block_tokens = 1024;  ///< For `block_relative`.
+};
+
+RVQKV_NAMESPACE_END
