@@ -237,6 +237,22 @@ inline __m128i sum_each(const ireg* four) {
     return _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
 }
 
+// What follows is for attention (`attention.inl`).
+
+/// `2 * lanes` floats, even and odd ones apart, and back.
+inline void split(const float* from, reg& even, reg& odd) {
+    const reg low = _mm256_permute2f128_ps(load(from), load(from + lanes), 0x20);
+    const reg high = _mm256_permute2f128_ps(load(from), load(from + lanes), 0x31);
+    even = _mm256_shuffle_ps(low, high, 0x88);
+    odd = _mm256_shuffle_ps(low, high, 0xdd);
+}
+inline void join(float* to, reg even, reg odd) {
+    const reg low = _mm256_unpacklo_ps(even, odd);
+    const reg high = _mm256_unpackhi_ps(even, odd);
+    store(to, _mm256_permute2f128_ps(low, high, 0x20));
+    store(to + lanes, _mm256_permute2f128_ps(low, high, 0x31));
+}
+
 #include "rvqkv/simd/kernels.inl"
 
 /// The integer search without VNNI: 16-bit sums of two products may not overflow, so codewords have seven bits.

@@ -101,6 +101,13 @@ inline reg subtract(const reg& a, const reg& b) {
     }
     return value;
 }
+inline reg multiply(const reg& a, const reg& b) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = a.lane[i] * b.lane[i];
+    }
+    return value;
+}
 inline ireg load(const std::int32_t* from) {
     ireg value;
     for (int i = 0; i < lanes; ++i) {
@@ -167,6 +174,20 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
         for (std::size_t i = 0; i < static_cast<std::size_t>(lanes); ++i) {
             to[j * to_stride + i] = from[i * stride + j];
         }
+    }
+}
+
+/// `2 * lanes` floats, even and odd ones apart, and back.
+inline void split(const float* from, reg& even, reg& odd) {
+    for (int i = 0; i < lanes; ++i) {
+        even.lane[i] = from[2 * i];
+        odd.lane[i] = from[2 * i + 1];
+    }
+}
+inline void join(float* to, const reg& even, const reg& odd) {
+    for (int i = 0; i < lanes; ++i) {
+        to[2 * i] = even.lane[i];
+        to[2 * i + 1] = odd.lane[i];
     }
 }
 

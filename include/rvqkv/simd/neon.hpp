@@ -70,6 +70,9 @@ inline reg add(reg a, reg b) {
 inline reg subtract(reg a, reg b) {
     return vsubq_f32(a, b);
 }
+inline reg multiply(reg a, reg b) {
+    return vmulq_f32(a, b);
+}
 inline ireg load(const std::int32_t* from) {
     return vld1q_s32(from);
 }
@@ -110,6 +113,16 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
     store(to + to_stride, vcombine_f32(vget_low_f32(first.val[1]), vget_low_f32(second.val[1])));
     store(to + 2 * to_stride, vcombine_f32(vget_high_f32(first.val[0]), vget_high_f32(second.val[0])));
     store(to + 3 * to_stride, vcombine_f32(vget_high_f32(first.val[1]), vget_high_f32(second.val[1])));
+}
+
+/// `2 * lanes` floats, even and odd ones apart, and back.
+inline void split(const float* from, reg& even, reg& odd) {
+    const float32x4x2_t both = vld2q_f32(from);
+    even = both.val[0];
+    odd = both.val[1];
+}
+inline void join(float* to, reg even, reg odd) {
+    vst2q_f32(to, {{even, odd}});
 }
 
 // Decoding knows no other registers here.
