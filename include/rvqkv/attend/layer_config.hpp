@@ -33,13 +33,23 @@ enum class key_coding {
 struct kv_layer_config {
     kv_side_config keys;
     kv_side_config values;
-    std::size_t query_heads = 0;     ///< A multiple of the KV heads, which are then as many for keys and values; 0: equal.
+    std::size_t query_heads = 0;  ///< A multiple of the KV heads, which are then as many for keys and values; 0: equal.
     std::size_t sliding_window = 0;  ///< Tokens that a query sees, its own included; 0: all.
     key_coding coding = key_coding::as_given;
-    bool turned_input = true;         ///< Whether keys and queries come after rotary embedding (not for `as_given`).
-    rope_config rope;                 ///< Not for `as_given`.
-    std::vector<float> key_mean;      ///< `[head, head_dim]` before rotary embedding, taken out of what is coded; or empty.
+    bool turned_input = true;  ///< Whether keys and queries come after rotary embedding (not for `as_given`).
+    rope_config rope = {};     ///< Not for `as_given`.
+    /// `[head, head_dim]` before rotary embedding, taken out of what is coded; or empty.
+    std::vector<float> key_mean = {};
     std::size_t block_tokens = 1024;  ///< For `block_relative`.
+    /// The layer whose keys and values this one reads, too, instead of having its own: an earlier one. The rest of the
+    /// configuration is that one's then, and here only `query_heads` and `sliding_window` may be set.
+    std::size_t shares_layer = no_layer;
+    static constexpr std::size_t no_layer = std::numeric_limits<std::size_t>::max();
+
+    /// A layer without attention: neither heads nor codecs.
+    [[nodiscard]] bool is_empty() const noexcept {
+        return keys.heads == 0 && values.heads == 0 && keys.codec == nullptr && values.codec == nullptr;
+    }
 };
 
 RVQKV_NAMESPACE_END
