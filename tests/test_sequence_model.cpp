@@ -103,9 +103,9 @@ public:
             next.coded_position = turns() ? tokens.back().coded_position + 1 : 0;
         } else {
             next.page = ++pages_;
-            next.coded_position = config_.coding == key_coding::after_rope                     ? next.position
+            next.coded_position = config_.coding == key_coding::after_rope                      ? next.position
                                   : config_.coding == key_coding::block_relative && !ends_block ? in_block
-                                                                                               : 0;
+                                                                                                : 0;
         }
         tokens.push_back(next);
         encode_old(tokens);
