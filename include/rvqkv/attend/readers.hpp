@@ -12,16 +12,25 @@
 
 RVQKV_NAMESPACE_BEGIN
 
-/// Some neighbouring tiles of one head of a page of codes.
-struct coded_tiles {
+/// 64 tokens of a page, from number `tile * tile_tokens` on.
+struct page_tile {
     const std::byte* page = nullptr;
+    std::size_t tile = 0;
+};
+
+/// Tiles of pages of one format, in the order of their tokens; any page may hold any of them.
+struct page_tiles {
+    const page_tile* tiles = nullptr;  ///< `[count + ahead]`
+    std::size_t count = 0;
+    std::size_t ahead = 0;  ///< Tiles that will be read after these: prefetched, not read.
+};
+
+/// Tiles of codes of one head.
+struct coded_tiles {
+    page_tiles tiles;
     const coded_layout* layout = nullptr;
     std::size_t head = 0;
     std::size_t depths = 0;  ///< Depths to read, from the first on: at most the layout's.
-    std::size_t first_tile = 0;
-    std::size_t tiles = 0;
-    std::size_t begin = 0;  ///< Tokens that are wanted, [begin, end), by their number in the page: all but some of the
-    std::size_t end = 0;    ///< first and of the last tile. What is said about others means nothing.
 };
 
 /// Scores of coded keys. Rows are queries that read the same KV head; their channels are in the codec's order.
@@ -36,7 +45,8 @@ public:
     [[nodiscard]] virtual bool pays(std::size_t rows, std::size_t tokens) const noexcept = 0;
     /// Makes scratch ready for queries `[rows, head_dim]`, which must stay where they are while scores are asked for.
     virtual void prepare(row_block<const float> queries, std::byte* scratch) const noexcept = 0;
-    /// `out[row * out_stride + i]`: score of token `i` from the first tile's first, the token's scale included.
+    /// `out[row * out_stride + i]`: score of token `i`, counted over all the tiles, its scale included. Those of tokens
+    /// that a page does not hold mean nothing.
     virtual void scores(const coded_tiles& tiles, std::size_t rows, float* out, std::size_t out_stride,
                         std::byte* scratch) const noexcept = 0;
 
@@ -58,8 +68,8 @@ public:
     [[nodiscard]] virtual bool pays(std::size_t rows, std::size_t tokens) const noexcept = 0;
     /// Sums of nothing.
     virtual void begin(std::size_t rows, std::byte* scratch) const noexcept = 0;
-    /// Adds tokens; `weights[row * weights_stride + i]` is that of token `i` from the first tile's first, without its
-    /// scale, and 0 for tokens that are not wanted.
+    /// Adds tokens; `weights[row * weights_stride + i]` is that of token `i`, counted over all the tiles, without its
+    /// scale: not negative, and 0 for tokens that are not wanted.
     virtual void add(const coded_tiles& tiles, std::size_t rows, const float* weights, std::size_t weights_stride,
                      std::byte* scratch) const noexcept = 0;
     /// Multiplies every sum by its row's factor, `[rows]`.

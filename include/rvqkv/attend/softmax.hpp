@@ -71,8 +71,9 @@ struct softmax_row {
         using byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(view.data())>>, const std::byte,
                                         std::byte>;
         const std::ptrdiff_t skip = static_cast<std::ptrdiff_t>(first) * view.strides().channel;
-        return decltype(view)(static_cast<byte*>(view.data()) + skip * static_cast<std::ptrdiff_t>(size_of(view.type())),
-                              view.type(), {view.tokens(), view.heads(), count}, view.strides());
+        return decltype(view)(
+            static_cast<byte*>(view.data()) + skip * static_cast<std::ptrdiff_t>(size_of(view.type())), view.type(),
+            {view.tokens(), view.heads(), count}, view.strides());
     };
     for (std::size_t row = 0; row < out.rows(); ++row) {
         const float largest = std::max(log_sum_exp[row], other_log_sum_exp[row]);

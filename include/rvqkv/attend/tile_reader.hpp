@@ -22,10 +22,10 @@ RVQKV_NAMESPACE_BEGIN
 /// Unpacks and decodes tiles of one codec.
 class tile_decoder {
 public:
-    explicit tile_decoder(std::shared_ptr<const codec> codec, const kernel_table& kernels = best_kernels()) noexcept
-        : codec_(std::move(codec)), kernels_(&kernels) {}
+    explicit tile_decoder(std::shared_ptr<const codec> source, const kernel_table& kernels = best_kernels()) noexcept
+        : codec_(std::move(source)), kernels_(&kernels) {}
 
-    [[nodiscard]] const rvqkv::codec& codec() const noexcept { return *codec_; }
+    [[nodiscard]] const codec& source() const noexcept { return *codec_; }
     [[nodiscard]] const kernel_table& kernels() const noexcept { return *kernels_; }
     /// Codes that `rows` needs room for.
     [[nodiscard]] std::size_t code_count() const noexcept { return codec_->depths() * tile_tokens; }
@@ -37,8 +37,9 @@ public:
             std::fill_n(out, tile_tokens, 1.0F);
             return;
         }
+        const page_tile& place = tiles.tiles.tiles[tile];
         const std::byte* const from =
-            tiles.page + layout.scales(tiles.head) + tile * tile_tokens * size_of(layout.scale_type());
+            place.page + layout.scales(tiles.head) + place.tile * tile_tokens * size_of(layout.scale_type());
         switch (layout.scale_type()) {
             case dtype::float32: std::memcpy(out, from, tile_tokens * sizeof(float)); break;
             case dtype::float16:
@@ -50,38 +51,44 @@ public:
         }
     }
 
-    /// Tokens [first, first + count) of tile `tile` as rows `[count, head_dim]`, channels in the codec's order, without
-    /// scales. `codes` has room for `code_count()`.
-    void rows(const coded_tiles& tiles, std::size_t tile, std::size_t first, std::size_t count, code_t* codes,
-              float* out) const noexcept {
-        const std::size_t group_dim = codec_->shape().dim;
+    /// The tokens of tile `tile` as rows `[tile_tokens, head_dim]`, channels in the codec's order, without scales.
+    /// `codes` has room for `code_count()`.
+    void rows(const coded_tiles& tiles, std::size_t tile, code_t* codes, float* out) const noexcept {
+        const codebook_shape& shape = codec_->shape();
+        const page_tile& place = tiles.tiles.tiles[tile];
+        const coded_layout& layout = *tiles.layout;
         for (std::size_t group = 0; group < codec_->groups(); ++group) {
             for (std::size_t depth = 0; depth < tiles.depths; ++depth) {
-                const std::byte* const row = tiles.page + tiles.layout->row(depth, tiles.head, group);
-                kernels_->attention.unpack_tile(row + tile * 8 * tiles.layout->bits(), tiles.layout->bits(),
+                const std::byte* const row = place.page + layout.row(depth, tiles.head, group);
+                kernels_->attention.unpack_tile(row + place.tile * 8 * layout.bits(), layout.bits(),
                                                 codes + depth * tile_tokens);
             }
-            decode(out + group * group_dim, count, codes + first, tiles.depths);
+            if (shape.codewords < std::size_t{1} << layout.bits()) {  // places that hold no token may hold anything
+                for (std::size_t i = 0; i < tiles.depths * tile_tokens; ++i) {
+                    codes[i] = std::min(codes[i], static_cast<code_t>(shape.codewords - 1));
+                }
+            }
+            decode(out + group * shape.dim, codes, tiles.depths);
         }
     }
 
 private:
-    void decode(float* out, std::size_t count, const code_t* codes, std::size_t depths) const noexcept {
+    void decode(float* out, const code_t* codes, std::size_t depths) const noexcept {
         switch (codec_->weight_type()) {
-            case dtype::float32: decode_as<float>(out, count, codes, depths); break;
-            case dtype::float16: decode_as<float16>(out, count, codes, depths); break;
-            case dtype::bfloat16: decode_as<bfloat16>(out, count, codes, depths); break;
+            case dtype::float32: decode_as<float>(out, codes, depths); break;
+            case dtype::float16: decode_as<float16>(out, codes, depths); break;
+            case dtype::bfloat16: decode_as<bfloat16>(out, codes, depths); break;
         }
     }
     template <class Weight>
-    void decode_as(float* out, std::size_t count, const code_t* codes, std::size_t depths) const noexcept {
+    void decode_as(float* out, const code_t* codes, std::size_t depths) const noexcept {
         const codebook_shape& shape = codec_->shape();
         const void* const weights = codec_->weights().data();
-        kernels_->weights<Weight>().decode(out, count, codec_->head_dim(), static_cast<const Weight*>(weights),
+        kernels_->weights<Weight>().decode(out, tile_tokens, codec_->head_dim(), static_cast<const Weight*>(weights),
                                            shape.codewords, shape.dim, codes, {1, tile_tokens}, depths);
     }
 
-    std::shared_ptr<const rvqkv::codec> codec_;
+    std::shared_ptr<const codec> codec_;
     const kernel_table* kernels_;
 };
 
@@ -92,7 +99,7 @@ public:
     [[nodiscard]] const tile_decoder& decoder() const noexcept { return decoder_; }
     [[nodiscard]] std::size_t bytes() const noexcept override { return 0; }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t /*rows*/) const noexcept override {
-        return 64 + (tile_tokens * (1 + decoder_.codec().head_dim())) * sizeof(float) +
+        return 64 + (tile_tokens * (1 + decoder_.source().head_dim())) * sizeof(float) +
                decoder_.code_count() * sizeof(code_t);
     }
     [[nodiscard]] bool pays(std::size_t /*rows*/, std::size_t /*tokens*/) const noexcept override { return true; }
@@ -103,30 +110,27 @@ public:
                 std::byte* scratch) const noexcept override {
         row_block<const float> queries;
         std::memcpy(&queries, scratch, sizeof(queries));
-        const auto as_prepared = [&](std::size_t, float*, std::size_t, std::size_t) { return queries; };
+        const auto as_prepared = [&](std::size_t, float*) { return queries; };
         scores(tiles, as_prepared, out, out_stride, scratch);
     }
 
-    /// The same with a word in between: `adjust(tile, rows, first, count)` may change the reconstructed rows of the
-    /// tile's tokens [first, first + count), and returns the queries that they are multiplied by.
+    /// The same with a word in between: `adjust(tile, rows)` may change the reconstructed rows of a tile, and returns
+    /// the queries that they are multiplied by.
     template <class Adjust>
     void scores(const coded_tiles& tiles, Adjust&& adjust, float* out, std::size_t out_stride,
                 std::byte* scratch) const noexcept {
         float* const scales = static_cast<float*>(static_cast<void*>(scratch + 64));
         float* const keys = scales + tile_tokens;
-        const std::size_t head_dim = decoder_.codec().head_dim();
+        const std::size_t head_dim = decoder_.source().head_dim();
         code_t* const codes = static_cast<code_t*>(static_cast<void*>(keys + tile_tokens * head_dim));
         const attention_kernels& kernels = decoder_.kernels().attention;
-        for (std::size_t i = 0; i < tiles.tiles; ++i, out += tile_tokens) {
-            const std::size_t tile = tiles.first_tile + i;
-            const std::size_t first = std::max(tile * tile_tokens, tiles.begin) - tile * tile_tokens;
-            const std::size_t count = std::min((tile + 1) * tile_tokens, tiles.end) - tile * tile_tokens - first;
-            decoder_.rows(tiles, tile, first, count, codes, keys);
+        for (std::size_t tile = 0; tile < tiles.tiles.count; ++tile, out += tile_tokens) {
+            decoder_.rows(tiles, tile, codes, keys);
             decoder_.scales(tiles, tile, scales);
-            const row_block<const float> queries = adjust(tile, keys, first, count);
-            kernels.rows<float>().scores({keys, count, head_dim}, queries, head_dim, out + first, out_stride);
+            const row_block<const float> queries = adjust(tile, keys);
+            kernels.rows<float>().scores({keys, tile_tokens, head_dim}, queries, head_dim, out, out_stride);
             for (std::size_t q = 0; q < queries.count; ++q) {
-                kernels.multiply(out + q * out_stride + first, scales + first, count);
+                kernels.multiply(out + q * out_stride, scales, tile_tokens);
             }
         }
     }
@@ -156,17 +160,14 @@ public:
         float* const scaled = scales + tile_tokens;
         code_t* const codes = static_cast<code_t*>(static_cast<void*>(scaled + rows * tile_tokens));
         const attention_kernels& kernels = decoder_.kernels().attention;
-        for (std::size_t i = 0; i < tiles.tiles; ++i, weights += tile_tokens) {
-            const std::size_t tile = tiles.first_tile + i;
-            const std::size_t first = std::max(tile * tile_tokens, tiles.begin) - tile * tile_tokens;
-            const std::size_t count = std::min((tile + 1) * tile_tokens, tiles.end) - tile * tile_tokens - first;
-            decoder_.rows(tiles, tile, first, count, codes, values);
+        for (std::size_t tile = 0; tile < tiles.tiles.count; ++tile, weights += tile_tokens) {
+            decoder_.rows(tiles, tile, codes, values);
             decoder_.scales(tiles, tile, scales);
             for (std::size_t row = 0; row < rows; ++row) {
-                std::memcpy(scaled + row * tile_tokens, weights + row * weights_stride + first, count * sizeof(float));
-                kernels.multiply(scaled + row * tile_tokens, scales + first, count);
+                std::memcpy(scaled + row * tile_tokens, weights + row * weights_stride, tile_tokens * sizeof(float));
+                kernels.multiply(scaled + row * tile_tokens, scales, tile_tokens);
             }
-            kernels.rows<float>().add({values, count, head_dim()}, scaled, tile_tokens, head_dim(),
+            kernels.rows<float>().add({values, tile_tokens, head_dim()}, scaled, tile_tokens, head_dim(),
                                       {sums, rows, head_dim()});
         }
     }
@@ -184,7 +185,7 @@ public:
 
 private:
     static float* floats(std::byte* scratch) noexcept { return static_cast<float*>(static_cast<void*>(scratch)); }
-    [[nodiscard]] std::size_t head_dim() const noexcept { return decoder_.codec().head_dim(); }
+    [[nodiscard]] std::size_t head_dim() const noexcept { return decoder_.source().head_dim(); }
 
     tile_decoder decoder_;
 };

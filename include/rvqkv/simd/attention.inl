@@ -142,10 +142,13 @@ inline void multiply_numbers(float* x, const float* by, std::size_t count) {
     constexpr std::size_t width = lanes;
     std::size_t i = 0;
     for (; i + width <= count; i += width) {
-        store(x + i, multiply(load(x + i), load(by + i)));
+        const reg value = load(x + i);
+        const reg zero = constant(0.0F);
+        const reg magnitude = max(value, subtract(zero, value));
+        store(x + i, select(at_least(zero, magnitude), zero, multiply(value, load(by + i))));
     }
     for (; i < count; ++i) {
-        x[i] *= by[i];
+        x[i] = x[i] <= 0.0F && x[i] >= 0.0F ? 0.0F : x[i] * by[i];
     }
 }
 

@@ -49,7 +49,7 @@ struct attention_kernels {
     /// `x[i] = cap * tanh(x[i] / cap)`, within `cap * 2^-22`.
     void (*soft_cap)(float* x, std::size_t count, float cap);
 
-    /// `x[i] *= by[i]`.
+    /// `x[i] *= by[i]`, but 0 stays 0 whatever it is multiplied by.
     void (*multiply)(float* x, const float* by, std::size_t count);
 
     /// The codes of one tile. `bits` is from 1 to 16; reads `8 * bits` bytes.
