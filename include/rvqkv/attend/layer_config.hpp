@@ -5,12 +5,14 @@
 
 #include "rvqkv/attend/rope.hpp"
 #include "rvqkv/core/config.hpp"
-#include "rvqkv/core/half.hpp"
+#include "rvqkv/core/error.hpp"
 #include "rvqkv/quantize/codec.hpp"
 
+#include <cmath>
 #include <cstddef>
 #include <limits>
 #include <memory>
+#include <string>
 #include <vector>
 
 RVQKV_NAMESPACE_BEGIN
@@ -46,9 +48,38 @@ struct kv_layer_config {
     std::size_t shares_layer = no_layer;
     static constexpr std::size_t no_layer = std::numeric_limits<std::size_t>::max();
 
-    /// A layer without attention: neither heads nor codecs.
+    /// Without codecs and heads: a layer without attention, or one that shares another's cache.
     [[nodiscard]] bool is_empty() const noexcept {
         return keys.heads == 0 && values.heads == 0 && keys.codec == nullptr && values.codec == nullptr;
+    }
+
+    /// Errors: `invalid_argument` naming the field and its value.
+    [[nodiscard]] status validate() const {
+        const auto wrong = [](std::string message) { return error{error_code::invalid_argument, std::move(message)}; };
+        if (keys.codec == nullptr || values.codec == nullptr) {
+            return wrong(std::string(keys.codec == nullptr ? "keys" : "values") + " have no codec");
+        }
+        if (keys.heads == 0 || values.heads == 0) {
+            return wrong(std::string(keys.heads == 0 ? "keys" : "values") + ".heads is 0, must be at least 1");
+        }
+        if (query_heads != 0 && (keys.heads != values.heads || query_heads % keys.heads != 0)) {
+            return wrong("query_heads is " + std::to_string(query_heads) + ", must be a multiple of the KV heads: " +
+                         std::to_string(keys.heads) + " of keys, " + std::to_string(values.heads) + " of values");
+        }
+        const std::size_t mean_size = keys.heads * keys.codec->head_dim();
+        if (!key_mean.empty() && key_mean.size() != mean_size) {
+            return wrong("key_mean has " + std::to_string(key_mean.size()) +
+                         " numbers, must have heads x head_dim = " + std::to_string(mean_size));
+        }
+        for (const float number : key_mean) {
+            if (!std::isfinite(number)) {
+                return wrong("a number of key_mean is not finite");
+            }
+        }
+        if (coding == key_coding::block_relative && block_tokens == 0) {
+            return wrong("block_tokens is 0, must be at least 1");
+        }
+        return coding == key_coding::as_given ? status() : rope.validate(keys.codec->head_dim());
     }
 };
 

@@ -7,25 +7,22 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/half.hpp"
 #include "rvqkv/quantize/codec.hpp"
+#include "rvqkv/simd/attention_kernels.hpp"
 
 #include <cstddef>
 #include <cstdint>
 
 RVQKV_NAMESPACE_BEGIN
 
-/// Tokens that lie side by side wherever pages hold codes; the tokens of a page are a multiple. A tile of a row of codes
-/// is `8 * bits` bytes.
-inline constexpr std::size_t tile_tokens = 64;
-
-/// One side (the keys or the values) of a page of codes. The layout is the attention scan's: a head's codes of one place
-/// (depth, group) stand side by side for all tokens of the page, packed at the codec's bits. Depth is outermost, so a
-/// reader of fewer depths touches no byte of the others, and dropping trailing depths is cutting the end off.
+/// One side (the keys or the values) of a page of codes. The layout is the attention scan's: a head's codes of one
+/// place (depth, group) stand side by side for all tokens of the page, packed at the codec's bits. Depth is outermost,
+/// so a reader of fewer depths touches no byte of the others, and dropping trailing depths is cutting the end off.
 ///
 ///     scales(head)            scale of [token], in the codec's scale type; none if it stores none
 ///     row(depth, head, group) codes of [token], `row_bytes()` bytes
 ///
-/// Every row begins at a multiple of 8 bytes, without padding. A token's number in the page alone says which bits are its
-/// own.
+/// Every row begins at a multiple of 8 bytes, without padding. A token's number in the page alone says which bits are
+/// its own.
 class coded_layout {
 public:
     coded_layout() = default;
@@ -80,7 +77,8 @@ class exact_layout {
 public:
     exact_layout() = default;
     /// A side that begins at byte `begin` of the page. Precondition: `type` is a 16-bit one.
-    exact_layout(std::size_t heads, std::size_t head_dim, std::size_t page_tokens, dtype type, std::size_t begin) noexcept
+    exact_layout(std::size_t heads, std::size_t head_dim, std::size_t page_tokens, dtype type,
+                 std::size_t begin) noexcept
         : heads_(heads), head_dim_(head_dim), page_tokens_(page_tokens), type_(type), begin_(begin) {
         RVQKV_ASSERT(size_of(type) == 2);
     }
@@ -121,8 +119,9 @@ struct page_run {
     const page_format* format = nullptr;  ///< What lies where.
     std::size_t first = 0;                ///< Number of the run's first token in the page.
     std::size_t tokens = 0;
-    std::int64_t position = 0;        ///< Of the first token in the sequence, as rotary embedding counts; the others follow.
-    std::int64_t coded_position = 0;  ///< At which the first token's key was turned before it was stored; 0 if it was not.
+    std::int64_t position = 0;  ///< Of the first token in the sequence, as rotary embedding counts; the others follow.
+    std::int64_t coded_position =
+        0;  ///< At which the first token's key was turned before it was stored; 0 if it was not.
 };
 
 RVQKV_NAMESPACE_END

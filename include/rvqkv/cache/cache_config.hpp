@@ -11,7 +11,6 @@
 #include "rvqkv/core/half.hpp"
 #include "rvqkv/quantize/codec.hpp"
 
-#include <cmath>
 #include <cstddef>
 #include <limits>
 #include <string>
@@ -86,54 +85,21 @@ private:
         if (layer.is_empty()) {
             return {};
         }
+        if (status bad = layer.validate(); !bad) {
+            return error{bad.error().code, where + ": " + bad.error().message};
+        }
         for (const kv_side_config* side : {&layer.keys, &layer.values}) {
-            const std::string name = where + (side == &layer.keys ? " keys: " : " values: ");
-            if (side->codec == nullptr) {
-                return wrong(name + "codec is null");
-            }
-            if (side->heads == 0 || side->heads > most) {
-                return wrong(name + "heads is " + std::to_string(side->heads) + ", must be from 1 to " +
-                             std::to_string(most));
-            }
             std::size_t values = 0;
-            if (__builtin_mul_overflow(page_tokens * side->heads, side->codec->head_dim(), &values) ||
+            if (side->heads > most ||
+                __builtin_mul_overflow(page_tokens * side->heads, side->codec->head_dim(), &values) ||
                 values > most_page_values) {
-                return wrong(name + std::to_string(side->heads) + " heads of " +
-                             std::to_string(side->codec->head_dim()) + " channels are more than a page can hold");
-            }
-        }
-        if (layer.query_heads % layer.keys.heads != 0 ||
-            (layer.query_heads != 0 && layer.keys.heads != layer.values.heads)) {
-            return wrong(where + ": query_heads is " + std::to_string(layer.query_heads) +
-                         ", must be a multiple of the KV heads, " + std::to_string(layer.keys.heads) +
-                         " for keys and " + std::to_string(layer.values.heads) + " for values");
-        }
-        return validate_positions(i);
-    }
-
-    [[nodiscard]] status validate_positions(std::size_t i) const {
-        const kv_layer_config& layer = layers[i];
-        const std::string where = "layer " + std::to_string(i);
-        const std::size_t head_dim = layer.keys.codec->head_dim();
-        if (!layer.key_mean.empty()) {
-            if (layer.key_mean.size() != layer.keys.heads * head_dim) {
-                return wrong(where + ": key_mean has " + std::to_string(layer.key_mean.size()) +
-                             " numbers, must have " + std::to_string(layer.keys.heads) + " heads of " +
-                             std::to_string(head_dim) + ", or none");
-            }
-            for (const float mean : layer.key_mean) {
-                if (!std::isfinite(mean)) {
-                    return wrong(where + ": key_mean holds a number that is not finite");
-                }
-            }
-        }
-        if (layer.coding != key_coding::as_given) {
-            if (status bad = layer.rope.validate(head_dim); !bad) {
-                return error{bad.error().code, where + ": " + bad.error().message};
+                return wrong(where + (side == &layer.keys ? " keys: " : " values: ") + std::to_string(side->heads) +
+                             " heads of " + std::to_string(side->codec->head_dim()) +
+                             " channels are more than a page can hold");
             }
         }
         if (layer.coding == key_coding::block_relative &&
-            (layer.block_tokens == 0 || layer.block_tokens % page_tokens != 0 || layer.block_tokens < sink_tokens)) {
+            (layer.block_tokens % page_tokens != 0 || layer.block_tokens < sink_tokens)) {
             return wrong(where + ": block_tokens is " + std::to_string(layer.block_tokens) +
                          ", must be a multiple of page_tokens " + std::to_string(page_tokens) +
                          " and no less than sink_tokens " + std::to_string(sink_tokens));
