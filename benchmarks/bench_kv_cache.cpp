@@ -24,10 +24,15 @@ std::shared_ptr<const rvqkv::codec> make_codec(const rvqkv::codebook_shape& shap
     return rvqkv::make_codec(spec, bench::weights(shape).span()).value();
 }
 
-rvqkv::kv_cache make_cache(const rvqkv::codebook_shape& shape) {
+/// With `exact_tokens`, sinks and recent tokens are as by default; else all full pages become codes.
+rvqkv::kv_cache make_cache(const rvqkv::codebook_shape& shape, bool exact_tokens) {
     rvqkv::kv_cache_config config;
-    config.layers.push_back({{make_codec(shape, rvqkv::grouping_kind::strided), heads},
-                             {make_codec(shape, rvqkv::grouping_kind::contiguous), heads}});
+    config.layers = {{{make_codec(shape, rvqkv::grouping_kind::strided), heads},
+                      {make_codec(shape, rvqkv::grouping_kind::contiguous), heads}}};
+    if (!exact_tokens) {
+        config.sink_tokens = 0;
+        config.recent_tokens = 0;
+    }
     return rvqkv::kv_cache::create(config).value();
 }
 
@@ -41,26 +46,50 @@ rvqkv::aligned_buffer<float> tensor(std::size_t tokens) {
     return numbers;
 }
 
-void append(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t tokens) {
-    rvqkv::kv_cache cache = make_cache(shape);
-    cache.reserve(tokens).value();
+/// A decode loop's part: one token at a time, its share of the encoding included.
+void append(benchmark::State& state, const rvqkv::codebook_shape& shape) {
+    constexpr std::size_t most = 4096;
+    const rvqkv::kv_cache cache = make_cache(shape, true);
+    auto sequence = cache.new_sequence().value();
+    auto workspace = cache.make_workspace().value();
+    sequence.reserve(most).value();
+    const auto numbers = tensor(1);
+    const rvqkv::tensor_view token(numbers.data(), {1, heads, head_dim});
+    for (auto _ : state) {
+        sequence.append(0, token, token, workspace).value();
+        if (sequence.tokens(0) == most) {
+            sequence.clear();
+        }
+    }
+    bench::set_tokens(state, 1);
+}
+
+/// A prompt at once.
+void prefill(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t tokens) {
+    const rvqkv::kv_cache cache = make_cache(shape, false);
+    auto sequence = cache.new_sequence().value();
+    auto workspace = cache.make_workspace().value();
+    sequence.reserve(tokens).value();
     const auto keys = tensor(tokens);
     const auto values = tensor(tokens);
+    const rvqkv::tensor_shape extents{tokens, heads, head_dim};
     for (auto _ : state) {
-        cache.append(0, {keys.data(), {tokens, heads, head_dim}}, {values.data(), {tokens, heads, head_dim}}).value();
-        cache.clear();
+        sequence.append(0, {keys.data(), extents}, {values.data(), extents}, workspace).value();
+        sequence.clear();
     }
     bench::set_tokens(state, tokens);
 }
 
 void reconstruct(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t tokens) {
-    rvqkv::kv_cache cache = make_cache(shape);
-    const auto keys = tensor(tokens);
-    cache.append(0, {keys.data(), {tokens, heads, head_dim}}, {keys.data(), {tokens, heads, head_dim}}).value();
-    rvqkv::aligned_buffer<float> out(tokens * heads * head_dim);
+    const rvqkv::kv_cache cache = make_cache(shape, false);
+    auto sequence = cache.new_sequence().value();
     auto workspace = cache.make_workspace().value();
+    const auto keys = tensor(tokens);
+    const rvqkv::tensor_shape extents{tokens, heads, head_dim};
+    sequence.append(0, {keys.data(), extents}, {keys.data(), extents}, workspace).value();
+    rvqkv::aligned_buffer<float> out(tokens * heads * head_dim);
     for (auto _ : state) {
-        cache.reconstruct_keys(0, 0, {out.data(), {tokens, heads, head_dim}}, workspace).value();
+        sequence.reconstruct_keys(0, 0, {out.data(), extents}, workspace).value();
         benchmark::ClobberMemory();
     }
     bench::set_tokens(state, tokens);
@@ -70,8 +99,8 @@ const bool registered = [] {
     for (const rvqkv::codebook_shape& shape : {bench::paper, bench::light}) {
         const std::string label = "/depths:" + std::to_string(shape.depths) +
                                   "/codewords:" + std::to_string(shape.codewords) + "/dim:32/tokens:";
-        benchmark::RegisterBenchmark(("cache_append" + label + "1").c_str(), append, shape, std::size_t{1});
-        benchmark::RegisterBenchmark(("cache_append" + label + "256").c_str(), append, shape, std::size_t{256});
+        benchmark::RegisterBenchmark(("cache_append" + label + "1").c_str(), append, shape);
+        benchmark::RegisterBenchmark(("cache_prefill" + label + "256").c_str(), prefill, shape, std::size_t{256});
         benchmark::RegisterBenchmark(("cache_reconstruct" + label + "1024").c_str(), reconstruct, shape,
                                      std::size_t{1024});
     }

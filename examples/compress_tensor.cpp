@@ -16,7 +16,10 @@ int main(int argc, char** argv) {  // NOLINT(bugprone-exception-escape): what fa
     rvqkv::kv_cache_config config;
     config.layers = {{{codecs.key, heads}, {codecs.value, heads}}};
     rvqkv::kv_cache cache = rvqkv::kv_cache::create(config).value();
-    cache.append(0, {keys.data(), {tokens, heads, head_dim}}, {values.data(), {tokens, heads, head_dim}}).value();
-    cache.reconstruct_keys(0, 100, {keys.data(), {50, heads, head_dim}}).value();  // tokens 100 to 149
-    std::printf("%zu bytes, %zu in float16\n", cache.bytes().codes + cache.bytes().scales, 4 * keys.size());
+    rvqkv::kv_sequence chat = cache.new_sequence().value();
+    rvqkv::kv_workspace workspace = cache.make_workspace().value();
+    const rvqkv::tensor_shape shape{tokens, heads, head_dim};
+    chat.append(0, {keys.data(), shape}, {values.data(), shape}, workspace).value();
+    chat.reconstruct_keys(0, 100, {keys.data(), {50, heads, head_dim}}, workspace).value();  // tokens 100 to 149
+    std::printf("%zu bytes, %zu in float16\n", chat.bytes().total(), 4 * keys.size());
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// The cache in an engine's loop: a prompt at once, then token by token, each step reading back what attention needs;
-/// a rejected draft is taken back. After the set-up nothing is allocated.
+/// The cache in an engine's loop: a prompt at once, a fork that goes on by itself, then token by token, each step
+/// reading back what attention needs; a rejected draft is taken back. After the set-up nothing is allocated.
 #include <rvqkv/rvqkv.hpp>
 
 #include <cmath>
@@ -17,7 +17,7 @@ namespace {
 constexpr std::size_t layers = 2;
 constexpr std::size_t heads = 2;
 constexpr std::size_t head_dim = 64;
-constexpr std::size_t prompt = 96;
+constexpr std::size_t prompt = 1000;
 constexpr std::size_t steps = 64;
 constexpr std::size_t draft = 4;
 
@@ -53,9 +53,10 @@ int main() try {
         config.layers.push_back({{random_codec(rvqkv::grouping_kind::strided, random), heads},
                                  {random_codec(rvqkv::grouping_kind::contiguous, random), heads}});
     }
-    rvqkv::kv_cache cache = rvqkv::kv_cache::create(config).value();
-    cache.reserve(prompt + steps + draft).value();
+    const rvqkv::kv_cache cache = rvqkv::kv_cache::create(config).value();
     rvqkv::kv_workspace workspace = cache.make_workspace().value();
+    rvqkv::kv_sequence chat = cache.new_sequence().value();
+    chat.reserve(prompt + steps + draft).value();
     std::vector<float> block((prompt + steps) * heads * head_dim);
     std::vector<rvqkv::bfloat16> keys;
     std::vector<rvqkv::bfloat16> values;
@@ -69,28 +70,32 @@ int main() try {
             project(keys, tokens, random);
             project(values, tokens, random);
             const rvqkv::tensor_shape shape{tokens, heads, head_dim};
-            cache.append(layer, {keys.data(), shape}, {values.data(), shape}).value();
-            const std::size_t length = cache.tokens(layer);
+            chat.append(layer, {keys.data(), shape}, {values.data(), shape}, workspace).value();
+            const std::size_t length = chat.tokens(layer);
             const rvqkv::mutable_tensor_view whole(block.data(), {length, heads, head_dim});
-            cache.reconstruct_keys(layer, 0, whole, workspace).value();
-            cache.reconstruct_values(layer, 0, whole, workspace).value();
+            chat.reconstruct_keys(layer, 0, whole, workspace).value();
+            chat.reconstruct_values(layer, 0, whole, workspace).value();
             sum += static_cast<double>(block[length - 1]);
+        }
+        if (step == 0) {  // another answer to the same prompt would go on from here, sharing its pages
+            const rvqkv::kv_sequence other = chat.fork().value();
+            sum += static_cast<double>(other.tokens(0));
         }
         if (step % 16 == 15) {  // a draft of four tokens goes in, the model rejects it, and it is taken back
             for (std::size_t layer = 0; layer < layers; ++layer) {
                 project(keys, draft, random);
                 project(values, draft, random);
                 const rvqkv::tensor_shape shape{draft, heads, head_dim};
-                cache.append(layer, {keys.data(), shape}, {values.data(), shape}).value();
+                chat.append(layer, {keys.data(), shape}, {values.data(), shape}, workspace).value();
             }
-            cache.truncate(prompt + step).value();
+            chat.truncate(prompt + step).value();
         }
     }
-    const rvqkv::kv_cache_bytes bytes = cache.bytes();
-    const std::size_t exact = layers * cache.tokens(0) * 2 * heads * head_dim * sizeof(rvqkv::bfloat16);
-    std::printf("%zu tokens: %zu bytes of codes and scales, %zu in all, %zu as bfloat16\n", cache.tokens(0),
-                bytes.codes + bytes.scales, bytes.total(), exact);
-    return std::isfinite(sum) && cache.tokens(0) == prompt + steps ? 0 : 1;
+    const rvqkv::kv_sequence_bytes bytes = chat.bytes();
+    const std::size_t exact = layers * chat.tokens(0) * 2 * heads * head_dim * sizeof(rvqkv::bfloat16);
+    std::printf("%zu tokens: %zu bytes of codes and scales, %zu of exact tokens, %zu in all, %zu as bfloat16\n",
+                chat.tokens(0), bytes.codes + bytes.scales, bytes.exact, bytes.total(), exact);
+    return std::isfinite(sum) && chat.tokens(0) == prompt + steps ? 0 : 1;
 } catch (const std::exception& failure) {
     std::fprintf(stderr, "kv_cache_loop: %s\n", failure.what());
     return 1;

@@ -197,6 +197,10 @@ TEMPLATE_TEST_CASE("make_codec: codes as the quantizer of the same description d
         CHECK(codec->bits_per_code() == 5);
         CHECK(codec->stores_scale() == scale.is_stored());
         CHECK(codec->scale_type() == spec.scale_type);
+        CHECK(codec->weight_type() == spec.weight_type);
+        for (std::size_t place = 0; place < 16; ++place) {
+            CHECK(codec->channel_order()[place] == grouping.channel(place / 4, place % 4, 4, 4));
+        }
         CHECK(codec->bits_per_row() == spec.bits_per_row());
         CHECK(codec->bits_per_row() == quantizer.bits_per_row());
         CHECK(codec->bytes() == quantizer.codebook().bytes());
@@ -280,6 +284,9 @@ TEST_CASE("make_codec: takes a quantizer of the user's own policies", "[quantize
     CHECK(codec->bits_per_row() == 76);
     CHECK(codec->bytes() == quantizer.codebook().bytes());
     CHECK(codec->weights().size() == spec.shape.size() * sizeof(float));
+    CHECK(codec->weight_type() == dtype::float32);
+    REQUIRE(codec->channel_order().size() == 16);
+    CHECK(codec->channel_order()[5] == custom::strided_pairs_grouping().channel(1, 1, 4, 4));
     test::random_source random(3);
     const std::vector<float> x = test::gaussian_numbers(random, 5 * 16);
     CHECK(there_and_back(*codec, 3, x, {5, 1, 16}) == there_and_back(quantizer, 3, x, {5, 1, 16}));

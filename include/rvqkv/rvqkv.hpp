@@ -4,7 +4,12 @@
 /// training is in `rvqkv/learn.hpp`, files are in `rvqkv/files.hpp`.
 #pragma once
 
+#include "rvqkv/attend/layer_config.hpp"
+#include "rvqkv/attend/page_layout.hpp"
+#include "rvqkv/attend/rope.hpp"
 #include "rvqkv/cache/kv_cache.hpp"
+#include "rvqkv/cache/kv_sequence.hpp"
+#include "rvqkv/cache/page_source.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/error.hpp"

@@ -27,7 +27,10 @@ static double compress() {
 
     rvqkv::kv_cache_config config;
     config.layers.assign(2, {{codec, 2}, {codec, 2}});
+    config.recent_tokens = 0;
     auto cache = rvqkv::kv_cache::create(config).value();
+    auto sequence = cache.new_sequence().value();
+    auto workspace = cache.make_workspace().value();
     const rvqkv::tensor_shape shape{50, 2, spec.head_dim};
     rvqkv::aligned_buffer<float> keys(shape.tokens * shape.heads * shape.channels);
     for (std::size_t i = 0; i < keys.size(); ++i) {
@@ -35,10 +38,10 @@ static double compress() {
     }
     rvqkv::aligned_buffer<rvqkv::float16> restored(keys.size());
     for (int i = 0; i < 3; ++i) {
-        cache.append(0, {keys.data(), shape}, {keys.data(), shape}).value();
+        sequence.append(0, {keys.data(), shape}, {keys.data(), shape}, workspace).value();
     }
-    cache.truncate(0, 120).value();
-    cache.reconstruct_keys(0, 50, {restored.data(), shape}).value();
+    sequence.truncate(0, 120).value();
+    sequence.reconstruct_keys(0, 50, {restored.data(), shape}, workspace).value();
     double sum = 0;
     for (std::size_t i = 0; i < keys.size(); ++i) {
         const double difference = static_cast<double>(keys[i] - rvqkv::to_float(restored[i]));

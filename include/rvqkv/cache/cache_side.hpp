@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// One side (the keys or the values) of one layer of the KV cache: what codes it, and the way of its tokens into pages
-/// and back, block by block.
+/// One side (the keys or the values) of one layer of the cache: the way of its tokens into pages and back.
 #pragma once
 
-#include "rvqkv/cache/page_layout.hpp"
+#include "rvqkv/attend/layer_config.hpp"
+#include "rvqkv/attend/page_layout.hpp"
+#include "rvqkv/cache/exact_rows.hpp"
+#include "rvqkv/cache/key_positions.hpp"
+#include "rvqkv/cache/kv_workspace.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/config.hpp"
@@ -12,46 +15,59 @@
 #include "rvqkv/core/parallel_for.hpp"
 #include "rvqkv/core/tensor_view.hpp"
 #include "rvqkv/quantize/codec.hpp"
+#include "rvqkv/quantize/rows.hpp"
 
 #include <algorithm>
 #include <cstddef>
-#include <memory>
+#include <cstdint>
+#include <cstring>
 #include <string>
+#include <utility>
 
 RVQKV_NAMESPACE_BEGIN
-
-/// A layer's keys, or its values: what codes them, and how many heads they have. Sides may differ in everything.
-struct kv_side_config {
-    std::shared_ptr<const rvqkv::codec> codec;
-    std::size_t heads = 0;  ///< KV heads, not query heads.
-};
-
-/// Scratch memory of one writer or reader: one block of tokens (those of `block_values` numbers, or one token if it has
-/// more) for each worker, however many tokens a call asks for. Threads: one for each caller.
-struct kv_workspace {
-    quantizer_workspace quantizer;
-    aligned_buffer<code_t> codes;  ///< `[depth, token, head, group]`
-    aligned_buffer<float> scales;  ///< `[token, head]`
-    [[nodiscard]] std::size_t bytes() const noexcept { return quantizer.bytes() + codes.bytes() + scales.bytes(); }
-};
-
 namespace detail {
 
+/// Exact rows of tokens that follow each other, `[head, token, channel]`: in a page, or in scratch memory. Token and
+/// coded position are those of the first.
+template <class Number>
+struct exact_block {
+    Number* data = nullptr;
+    std::size_t head_stride = 0;  // in numbers
+};
+
+/// Where the tokens of a block are: in the sequence now, and where their keys were turned to.
+struct token_positions {
+    std::int64_t now = 0;
+    std::int64_t coded = 0;
+    /// Those of the token `count` later.
+    [[nodiscard]] token_positions after(std::size_t count, bool coded_positions_follow) const noexcept {
+        const auto distance = static_cast<std::int64_t>(count);
+        return {now + distance, coded_positions_follow ? coded + distance : coded};
+    }
+};
+
+/// Threads: immutable; each caller brings scratch memory of its own.
 class cache_side {
 public:
     cache_side() = default;
-    /// `name` and `layer` are for messages; `begin` is where this side begins in each page.
+    /// `name` and `layer` are for messages.
     cache_side(const kv_side_config& config, const char* name, std::size_t layer, std::size_t page_tokens,
-               std::size_t begin) noexcept
-        : config_(config),
-          layout_(*config.codec, config.heads, page_tokens, begin),
-          page_tokens_(page_tokens),
-          block_tokens_(std::max<std::size_t>(1, block_values / (config.heads * config.codec->head_dim()))),
+               dtype exact_type, key_positions positions) noexcept
+        : codec_(config.codec),
+          heads_(config.heads),
+          exact_type_(exact_type),
+          block_tokens_(
+              std::min(page_tokens, tile_tokens * std::max<std::size_t>(1, block_values / (tile_tokens * width())))),
+          positions_(std::move(positions)),
           name_(name),
           layer_(layer) {}
 
-    [[nodiscard]] const kv_side_config& config() const noexcept { return config_; }
-    [[nodiscard]] const side_layout& layout() const noexcept { return layout_; }
+    [[nodiscard]] const rvqkv::codec& codec() const noexcept { return *codec_; }
+    [[nodiscard]] std::size_t heads() const noexcept { return heads_; }
+    [[nodiscard]] std::size_t head_dim() const noexcept { return codec_->head_dim(); }
+    [[nodiscard]] const key_positions& positions() const noexcept { return positions_; }
+    /// Tokens that are encoded or decoded together: a multiple of `tile_tokens`, a page at most.
+    [[nodiscard]] std::size_t block_tokens() const noexcept { return block_tokens_; }
 
     /// "layer 3 keys: " and a text, as an error.
     [[nodiscard]] error wrong(const std::string& text) const {
@@ -59,118 +75,261 @@ public:
     }
     /// Errors: `invalid_argument` for other heads or channels than this side's.
     [[nodiscard]] status check(const tensor_shape& shape) const {
-        if (shape.heads != config_.heads) {
-            return wrong("heads is " + std::to_string(shape.heads) + ", must be " + std::to_string(config_.heads));
+        if (shape.heads != heads_) {
+            return wrong("heads is " + std::to_string(shape.heads) + ", must be " + std::to_string(heads_));
         }
-        if (shape.channels != config_.codec->head_dim()) {
+        if (shape.channels != head_dim()) {
             return wrong("channels is " + std::to_string(shape.channels) + ", must be the codec's head_dim " +
-                         std::to_string(config_.codec->head_dim()));
+                         std::to_string(head_dim()));
         }
         return {};
     }
 
-    /// Makes room for the blocks of `tokens` tokens, one for each worker. Errors: `out_of_memory`.
-    [[nodiscard]] status reserve(kv_workspace& workspace, std::size_t tokens, const executor& workers) const {
-        const codec& codec = *config_.codec;
-        const std::size_t blocks = workers.concurrency();
-        const std::size_t rows = std::min(tokens, block_tokens_) * config_.heads;
-        if (status grown = workspace.quantizer.reserve(rows, codec.head_dim(), blocks); !grown) {
+    /// Makes room for a block of tokens, which so many workers share out. Errors: `out_of_memory`.
+    [[nodiscard]] status reserve(kv_scratch& scratch, std::size_t workers) const {
+        const std::size_t rows = block_tokens_ * heads_;
+        if (status grown = scratch.quantizer.reserve(rows + 2 * workers, head_dim()); !grown) {
             return grown;
         }
-        if (status grown = workspace.codes.reserve(blocks * rows * codec.groups() * codec.depths()); !grown) {
+        if (status grown = scratch.codes.reserve(rows * codec_->groups() * codec_->depths()); !grown) {
             return grown;
         }
-        return workspace.scales.reserve(blocks * rows);
-    }
-
-    /// Encodes tokens as numbers `first` and on, into the pages whose start `page(i)` gives.
-    /// Errors: `out_of_memory`; some tokens have been written then.
-    template <class Page>
-    [[nodiscard]] status encode(const tensor_view& x, std::size_t first, const Page& page, kv_workspace& workspace,
-                                encode_report& report, const executor& workers) const {
-        if (status grown = reserve(workspace, x.tokens(), workers); !grown) {
+        if (status grown = scratch.scales.reserve(rows); !grown) {
             return grown;
         }
-        const std::size_t at_once = block_tokens_ * workers.concurrency();
-        for (std::size_t done = 0; done < x.tokens(); done += at_once) {
-            const std::size_t count = std::min(at_once, x.tokens() - done);
-            const mutable_encoded_view block = view(workspace, count);
-            encode_report found;
-            if (status encoded =
-                    config_.codec->encode(x.slice_tokens(done, count), block, workspace.quantizer, &found, workers);
-                !encoded) {
-                return encoded;
+        if (status grown = scratch.rows.reserve(rows * head_dim()); !grown) {
+            return grown;
+        }
+        if (positions_.has_mean()) {
+            if (status grown = scratch.means.reserve(key_positions::mean_tokens * width()); !grown) {
+                return grown;
             }
-            report.add(found, done);
-            for_each_page(first + done, count, workers, [&](std::size_t i, std::size_t within, piece part) {
-                const mutable_encoded_view from = slice(block, part.first);
-                layout_.store(page(i), within, part.count, {from.codes, from.strides, from.scales});
-            });
+        }
+        return scratch.exact.reserve(rows * head_dim());
+    }
+
+    /// Rounds tokens `[first, first + count)` of a tensor into exact rows, the first of them at position `at`.
+    /// NaNs and infinities become 0 and are added to `report`. Preconditions: `scratch` is reserved, at most
+    /// `block_tokens()` tokens.
+    void store_exact(const tensor_view& x, std::size_t first, std::size_t count, exact_block<std::uint16_t> out,
+                     token_positions at, kv_scratch& scratch, encode_report& report) const {
+        const kernel_table& kernels = best_kernels();
+        const bool turned = positions_.changes(at.now, at.coded);
+        if (!turned && x.type() == exact_type_ && x.strides().channel == 1) {
+            copy_exact(x, first, count, out, report);
+            return;
+        }
+        const std::size_t at_once = turned ? count : 1;
+        float* const rows = scratch.rows.data();
+        for (std::size_t done = 0; done < count; done += at_once) {
+            for (std::size_t i = 0; i < at_once * heads_; ++i) {
+                const std::size_t token = first + done + i / heads_;
+                load_row(x, token, i % heads_, rows + i * head_dim(), kernels);
+                if (const std::size_t found = zero_nonfinite(rows + i * head_dim(), head_dim()); found != 0) {
+                    report.add({found, 1, token, i % heads_});
+                }
+            }
+            if (turned) {
+                positions_.store(rows, count, at.now, at.coded);
+            }
+            for (std::size_t i = 0; i < at_once * heads_; ++i) {
+                round_row(rows + i * head_dim(),
+                          out.data + (i % heads_) * out.head_stride + (done + i / heads_) * head_dim(), head_dim(),
+                          exact_type_, kernels);
+            }
+        }
+    }
+
+    /// Encodes exact rows as tokens `[slot, slot + count)` of a page of codes; the rest of the last tile becomes zeros.
+    /// Preconditions: `slot` is a multiple of `tile_tokens`, `count` at most `block_tokens()`; `scratch` is reserved,
+    ///                and `in` not in its rows. Errors: those of the codec; the page may have been written to then.
+    [[nodiscard]] status encode(exact_block<const std::uint16_t> in, std::size_t count, std::int64_t coded_position,
+                                std::byte* page, const coded_layout& layout, std::size_t slot, kv_scratch& scratch,
+                                const executor& workers) const {
+        const std::size_t rows = count * heads_;
+        tensor_view x(in.data, exact_type_, {count, heads_, head_dim()},
+                      {static_cast<std::ptrdiff_t>(head_dim()), static_cast<std::ptrdiff_t>(in.head_stride), 1});
+        if (positions_.has_mean()) {
+            widen(in, count, scratch.rows.data());
+            positions_.add_mean(-1.0F, scratch.rows.data(), count, coded_position, scratch.means.data());
+            x = tensor_view(static_cast<const float*>(scratch.rows.data()), {count, heads_, head_dim()});
+        }
+        const std::size_t plane = rows * codec_->groups();
+        float* const scales = codec_->stores_scale() ? scratch.scales.data() : nullptr;
+        if (status encoded =
+                codec_->encode(x, {scratch.codes.data(), {1, plane}, scales}, scratch.quantizer, nullptr, workers);
+            !encoded) {
+            return encoded;
+        }
+        store_scales(scales, count, page, layout, slot);
+        for (std::size_t depth = 0; depth < layout.depths(); ++depth) {
+            store_codes(scratch.codes.data() + depth * plane, count, page + layout.row(depth, 0, 0), layout, slot);
         }
         return {};
     }
 
-    /// Decodes tokens from number `first` on, from the pages whose start `page(i)` gives.
-    /// Errors: `out_of_memory`, before anything is written.
-    template <class Page>
-    [[nodiscard]] status decode(std::size_t first, const Page& page, const mutable_tensor_view& out, std::size_t depths,
-                                kv_workspace& workspace) const {
-        const serial_executor serial;
-        if (status grown = reserve(workspace, out.tokens(), serial); !grown) {
-            return grown;
-        }
-        for (std::size_t done = 0; done < out.tokens(); done += block_tokens_) {
-            const std::size_t count = std::min(block_tokens_, out.tokens() - done);
-            const mutable_encoded_view block = view(workspace, count);
-            for_each_page(first + done, count, serial, [&](std::size_t i, std::size_t within, piece part) {
-                layout_.load(page(i), within, part.count, depths, slice(block, part.first));
-            });
-            if (status decoded = config_.codec->decode({block.codes, block.strides, block.scales},
-                                                       out.slice_tokens(done, count), depths, workspace.quantizer);
-                !decoded) {
+    /// Reconstructs tokens `[slot, slot + out.tokens())` of a page into `out`, as they would be given now.
+    /// Preconditions: at most `block_tokens()` tokens; `scratch` is reserved. Errors: those of the codec.
+    [[nodiscard]] status read(const std::byte* page, const page_format& format, bool is_keys, std::size_t slot,
+                              token_positions at, const mutable_tensor_view& out, std::size_t depths,
+                              kv_scratch& scratch) const {
+        const std::size_t count = out.tokens();
+        const bool turned = positions_.changes(at.now, at.coded);
+        float* const rows = scratch.rows.data();
+        if (format.is_exact) {
+            const exact_layout& layout = is_keys ? format.exact_keys : format.exact_values;
+            widen({numbers(page + layout.row(0, slot)), (layout.row(1, 0) - layout.row(0, 0)) / 2}, count, rows);
+        } else {
+            const coded_layout& layout = is_keys ? format.coded_keys : format.coded_values;
+            const bool direct = !turned && !positions_.has_mean();
+            const mutable_tensor_view to = direct ? out : mutable_tensor_view(rows, {count, heads_, head_dim()});
+            const encoded_view codes = load(page, layout, slot, count, std::min(depths, layout.depths()), scratch);
+            if (status decoded = codec_->decode(codes, to, std::min(depths, layout.depths()), scratch.quantizer);
+                !decoded || direct) {
                 return decoded;
             }
+            if (positions_.has_mean()) {
+                positions_.add_mean(1.0F, rows, count, at.coded, scratch.means.data());
+            }
+        }
+        if (turned) {
+            positions_.restore(rows, count, at.now, at.coded);
+        }
+        for (std::size_t i = 0; i < count * heads_; ++i) {
+            store_row(rows + i * head_dim(), out, i / heads_, i % heads_);
         }
         return {};
     }
 
+    [[nodiscard]] static const std::uint16_t* numbers(const std::byte* at) noexcept {
+        return reinterpret_cast<const std::uint16_t*>(at);
+    }
+    [[nodiscard]] static std::uint16_t* numbers(std::byte* at) noexcept { return reinterpret_cast<std::uint16_t*>(at); }
+
 private:
-    /// Tokens of a block that lie in one page.
-    struct piece {
-        std::size_t first;
-        std::size_t count;
-    };
+    /// Numbers of one token.
+    [[nodiscard]] std::size_t width() const noexcept { return heads_ * head_dim(); }
 
-    /// Calls `body(page, first token in the page, piece)` for each page that `count` > 0 tokens meet. Pages share no
-    /// byte, so they may be written at the same time.
-    template <class Body>
-    void for_each_page(std::size_t first, std::size_t count, const executor& workers, const Body& body) const {
-        const std::size_t first_page = first / page_tokens_;
-        const std::size_t last_page = (first + count - 1) / page_tokens_;
-        parallel_for(workers, last_page - first_page + 1, [&](std::size_t i) {
-            const std::size_t page = first_page + i;
-            const std::size_t begin = std::max(first, page * page_tokens_);
-            const std::size_t end = page == last_page ? first + count : (page + 1) * page_tokens_;
-            body(page, begin - page * page_tokens_, piece{begin - first, end - begin});
-        });
+    void copy_exact(const tensor_view& x, std::size_t first, std::size_t count, exact_block<std::uint16_t> out,
+                    encode_report& report) const {
+        for (std::size_t token = 0; token < count; ++token) {
+            for (std::size_t head = 0; head < heads_; ++head) {
+                std::uint16_t* const to = out.data + head * out.head_stride + token * head_dim();
+                std::memcpy(to, x.row(first + token, head), head_dim() * sizeof(std::uint16_t));
+                if (has_nonfinite(to, head_dim(), exact_type_)) {
+                    const std::uint16_t infinity = exact_type_ == dtype::float16 ? 0x7c00U : 0x7f80U;
+                    std::size_t found = 0;
+                    for (std::size_t i = 0; i < head_dim(); ++i) {
+                        if ((to[i] & 0x7fffU) >= infinity) {
+                            to[i] = 0;
+                            ++found;
+                        }
+                    }
+                    report.add({found, 1, first + token, head});
+                }
+            }
+        }
     }
 
-    /// A block of tokens in the workspace: each depth's codes in one run, as pages hold them.
-    [[nodiscard]] mutable_encoded_view view(kv_workspace& workspace, std::size_t tokens) const noexcept {
-        return {workspace.codes.data(),
-                {1, tokens * layout_.codes_per_token()},
-                config_.codec->stores_scale() ? workspace.scales.data() : nullptr};
-    }
-    /// A block from its token number `first` on.
-    [[nodiscard]] mutable_encoded_view slice(mutable_encoded_view block, std::size_t first) const noexcept {
-        return {block.codes + first * layout_.codes_per_token(), block.strides,
-                block.scales == nullptr ? nullptr : block.scales + first * config_.heads};
+    /// Exact rows as float32 `[token, head, head_dim]`.
+    void widen(exact_block<const std::uint16_t> in, std::size_t count, float* rows) const {
+        const kernel_table& kernels = best_kernels();
+        for (std::size_t i = 0; i < count * heads_; ++i) {
+            widen_row(in.data + (i % heads_) * in.head_stride + (i / heads_) * head_dim(), rows + i * head_dim(),
+                      head_dim(), exact_type_, kernels);
+        }
     }
 
-    kv_side_config config_;
-    side_layout layout_;
-    std::size_t page_tokens_ = 1;
-    std::size_t block_tokens_ = 1;
+    /// Into the page: each head's scales side by side, zeros behind the last in its tile.
+    void store_scales(const float* scales, std::size_t count, std::byte* page, const coded_layout& layout,
+                      std::size_t slot) const {
+        if (!layout.has_scales()) {
+            return;
+        }
+        const std::size_t bytes = size_of(layout.scale_type());
+        float tile[tile_tokens];
+        for (std::size_t head = 0; head < heads_; ++head) {
+            std::byte* const to = page + layout.scales(head) + slot * bytes;
+            for (std::size_t first = 0; first < count; first += tile_tokens) {
+                for (std::size_t i = 0; i < tile_tokens; ++i) {
+                    tile[i] = first + i < count ? scales[(first + i) * heads_ + head] : 0.0F;
+                }
+                switch (layout.scale_type()) {
+                    case dtype::float32: convert(tile, reinterpret_cast<float*>(to) + first, tile_tokens); break;
+                    case dtype::float16: convert(tile, reinterpret_cast<float16*>(to) + first, tile_tokens); break;
+                    case dtype::bfloat16: convert(tile, reinterpret_cast<bfloat16*>(to) + first, tile_tokens); break;
+                }
+            }
+        }
+    }
+
+    /// One depth's codes `[token, head, group]` into its rows, which begin at `rows`.
+    void store_codes(const code_t* codes, std::size_t count, std::byte* rows, const coded_layout& layout,
+                     std::size_t slot) const {
+        const std::size_t places = heads_ * layout.groups();
+        code_t tile[tile_tokens];
+        for (std::size_t first = 0; first < count; first += tile_tokens) {
+            const std::size_t held = std::min(tile_tokens, count - first);
+            for (std::size_t place = 0; place < places; ++place) {
+                for (std::size_t i = 0; i < held; ++i) {
+                    tile[i] = codes[(first + i) * places + place];
+                }
+                std::fill(tile + held, tile + tile_tokens, code_t{0});
+                pack_codes(tile, tile_tokens, layout.bits(), rows + place * layout.row_bytes(), slot + first);
+            }
+        }
+    }
+
+    /// Scales and codes of tokens of a page, as a codec reads them.
+    [[nodiscard]] encoded_view load(const std::byte* page, const coded_layout& layout, std::size_t slot,
+                                    std::size_t count, std::size_t depths, kv_scratch& scratch) const {
+        const std::size_t places = heads_ * layout.groups();
+        const std::size_t plane = count * places;
+        code_t tile[tile_tokens];
+        for (std::size_t depth = 0; depth < depths; ++depth) {
+            code_t* const codes = scratch.codes.data() + depth * plane;
+            const std::byte* const rows = page + layout.row(depth, 0, 0);
+            for (std::size_t first = 0; first < count; first += tile_tokens) {
+                const std::size_t held = std::min(tile_tokens, count - first);
+                for (std::size_t place = 0; place < places; ++place) {
+                    unpack_codes(rows + place * layout.row_bytes(), slot + first, held, layout.bits(), tile);
+                    for (std::size_t i = 0; i < held; ++i) {
+                        codes[(first + i) * places + place] = tile[i];
+                    }
+                }
+            }
+        }
+        return {scratch.codes.data(), {1, plane}, load_scales(page, layout, slot, count, scratch)};
+    }
+    [[nodiscard]] const float* load_scales(const std::byte* page, const coded_layout& layout, std::size_t slot,
+                                           std::size_t count, kv_scratch& scratch) const {
+        if (!layout.has_scales()) {
+            return nullptr;
+        }
+        const std::size_t bytes = size_of(layout.scale_type());
+        float tile[tile_tokens];
+        for (std::size_t head = 0; head < heads_; ++head) {
+            for (std::size_t first = 0; first < count; first += tile_tokens) {
+                const std::size_t held = std::min(tile_tokens, count - first);
+                const std::byte* const from = page + layout.scales(head) + (slot + first) * bytes;
+                switch (layout.scale_type()) {
+                    case dtype::float32: convert(reinterpret_cast<const float*>(from), tile, held); break;
+                    case dtype::float16: convert(reinterpret_cast<const float16*>(from), tile, held); break;
+                    case dtype::bfloat16: convert(reinterpret_cast<const bfloat16*>(from), tile, held); break;
+                }
+                for (std::size_t i = 0; i < held; ++i) {
+                    scratch.scales.data()[(first + i) * heads_ + head] = tile[i];
+                }
+            }
+        }
+        return scratch.scales.data();
+    }
+
+    std::shared_ptr<const rvqkv::codec> codec_;
+    std::size_t heads_ = 0;
+    dtype exact_type_ = dtype::float16;
+    std::size_t block_tokens_ = 0;
+    key_positions positions_;
     const char* name_ = "";
     std::size_t layer_ = 0;
 };

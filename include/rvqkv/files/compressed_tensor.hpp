@@ -3,13 +3,13 @@
 /// Compressed keys or values of a whole text in memory: what a compressed file holds of one layer's one side.
 #pragma once
 
-#include "rvqkv/cache/page_layout.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/parallel_for.hpp"
 #include "rvqkv/core/tensor_view.hpp"
 #include "rvqkv/files/checksum.hpp"
+#include "rvqkv/files/plane_layout.hpp"
 #include "rvqkv/files/sealed_file.hpp"
 #include "rvqkv/quantize/codec.hpp"
 
@@ -63,7 +63,7 @@ public:
                                                            " heads are not a size that a tensor can have"};
         }
         compressed_tensor tensor;
-        tensor.layout_ = side_layout(*with, heads, tokens, 0);
+        tensor.layout_ = plane_layout(*with, heads, tokens, 0);
         tensor.codec_ = std::move(with);
         tensor.tokens_ = tokens;
         tensor.heads_ = heads;
@@ -214,7 +214,7 @@ private:
     }
 
     std::shared_ptr<const rvqkv::codec> codec_;
-    side_layout layout_;
+    plane_layout layout_;
     std::size_t tokens_ = 0;
     std::size_t heads_ = 0;
     aligned_buffer<std::byte> page_;  // of `layout_`, with all tokens

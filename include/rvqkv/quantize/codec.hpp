@@ -85,6 +85,10 @@ public:
     /// Whether each head's vector has a scale, and the type in which it is stored.
     [[nodiscard]] bool stores_scale() const noexcept { return stores_scale_; }
     [[nodiscard]] dtype scale_type() const noexcept { return scale_type_; }
+    /// The channel that stands at each place among the groups, `[groups, group_dim]`.
+    [[nodiscard]] std::span<const std::uint16_t> channel_order() const noexcept { return channel_order_; }
+    /// The type in which `weights()` are stored.
+    [[nodiscard]] dtype weight_type() const noexcept { return weight_type_; }
     /// Bits stored for one head's vector.
     [[nodiscard]] std::size_t bits_per_row() const noexcept {
         return groups() * depths() * bits_per_code() + (stores_scale_ ? 8 * size_of(scale_type_) : 0);
@@ -101,29 +105,33 @@ public:
     [[nodiscard]] virtual std::size_t bytes() const noexcept = 0;
     /// What a file needs to make the same codec again; null for one built from policies of the user's own.
     [[nodiscard]] virtual const codec_spec* spec() const noexcept { return nullptr; }
-    /// All weights, `[depths, codewords, dim]` row-major, as they are stored; `spec()->weight_type` tells the type.
+    /// All weights, `[depths, codewords, dim]` row-major, as they are stored: of `weight_type()`.
     [[nodiscard]] virtual std::span<const std::byte> weights() const noexcept = 0;
 
 protected:
     template <class Quantizer>
-    explicit codec(const Quantizer& quantizer) noexcept
+    explicit codec(const Quantizer& quantizer)
         : head_dim_(quantizer.head_dim()),
           shape_(quantizer.codebook().shape()),
           stores_scale_(quantizer.stores_scale()),
-          scale_type_(quantizer.scale_type()) {}
+          scale_type_(quantizer.scale_type()),
+          weight_type_(dtype_of<typename Quantizer::codebook_type::weight_type>),
+          channel_order_(quantizer.transform().order()) {}
 
 private:
     std::size_t head_dim_;
     codebook_shape shape_;
     bool stores_scale_;
     dtype scale_type_;
+    dtype weight_type_;
+    channel_list channel_order_;
 };
 
 /// A `codec` that holds a `vector_quantizer`: the same code, behind the door.
 template <class Quantizer>
 class codec_of : public codec {
 public:
-    explicit codec_of(Quantizer quantizer) noexcept : codec(quantizer), quantizer_(std::move(quantizer)) {}
+    explicit codec_of(Quantizer quantizer) : codec(quantizer), quantizer_(std::move(quantizer)) {}
     [[nodiscard]] const Quantizer& quantizer() const noexcept { return quantizer_; }
 
     [[nodiscard]] status encode(const tensor_view& x, mutable_encoded_view out, quantizer_workspace& workspace,

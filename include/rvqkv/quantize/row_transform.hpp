@@ -38,6 +38,8 @@ public:
     [[nodiscard]] std::size_t groups() const noexcept { return head_dim() / group_dim_; }
     [[nodiscard]] const Scale& scale() const noexcept { return scale_; }
     [[nodiscard]] const Grouping& grouping() const noexcept { return grouping_; }
+    /// The channel that stands at each place among the groups, `[groups, group_dim]`.
+    [[nodiscard]] const channel_list& order() const noexcept { return order_; }
     /// Type in which scales are stored.
     [[nodiscard]] dtype stored_scale_type() const noexcept { return stored_; }
 

@@ -240,6 +240,71 @@ inline __m128i sum_each(const ireg* four) {
     return _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
 }
 
+// What follows is for attention (`attention.inl`).
+
+inline constexpr int query_side = 2;
+inline constexpr int value_queries = 4;
+inline constexpr int value_side = 2;
+inline reg divide(reg a, reg b) {
+    return _mm256_div_ps(a, b);
+}
+inline reg4 sums_of(const reg* four) {
+    const reg both = _mm256_hadd_ps(_mm256_hadd_ps(four[0], four[1]), _mm256_hadd_ps(four[2], four[3]));
+    return _mm_add_ps(_mm256_castps256_ps128(both), _mm256_extractf128_ps(both, 1));
+}
+inline void store_sums(float* to, const reg* four) {
+    store(to, sums_of(four));
+}
+inline reg power_of_two(reg whole) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(to_integers(whole), _mm256_set1_epi32(127)), 23));
+}
+inline void unpack_tile(const std::byte* packed, unsigned bits, code_t* codes) {
+    if (bits == 1) {
+        unpack_codes(packed, 0, tile_tokens, bits, codes);
+        return;
+    }
+    // Eight codes are `bits` bytes; four of them begin at the first byte, the others in the middle. Of each, the four
+    // bytes from its first bit on (three are enough), shifted to its place.
+    const __m256i step = _mm256_set1_epi32(static_cast<int>(bits));
+    const int odd = static_cast<int>(bits % 2 * 4);
+    const __m256i begins = _mm256_add_epi32(_mm256_mullo_epi32(_mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3), step),
+                                            _mm256_setr_epi32(0, 0, 0, 0, odd, odd, odd, odd));
+    const __m256i each = _mm256_set1_epi32(0x01010101);
+    const __m256i bytes = _mm256_add_epi32(_mm256_mullo_epi32(_mm256_srli_epi32(begins, 3), each),  //
+                                           _mm256_set1_epi32(0x03020100));
+    const __m256i shifts = _mm256_and_si256(begins, _mm256_set1_epi32(7));
+    const __m256i ones = _mm256_set1_epi32((1 << bits) - 1);
+    const std::size_t last = std::size_t{8} * bits - 16;  // no load reaches beyond the tile
+    for (std::size_t eight = 0; eight < tile_tokens / 8; ++eight) {
+        const std::size_t first = eight * bits;
+        const std::size_t second = first + bits / 2;
+        const std::size_t from_first = first < last ? first : last;
+        const std::size_t from_second = second < last ? second : last;
+        const __m128i low = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + from_first));
+        const __m128i high = _mm_loadu_si128(reinterpret_cast<const __m128i*>(packed + from_second));
+        const __m128i skip_low = _mm_set1_epi8(static_cast<char>(first - from_first));
+        const __m128i skip_high = _mm_set1_epi8(static_cast<char>(second - from_second));
+        const __m256i skips = _mm256_inserti128_si256(_mm256_castsi128_si256(skip_low), skip_high, 1);
+        const __m256i words = _mm256_shuffle_epi8(_mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1),
+                                                  _mm256_add_epi8(bytes, skips));
+        store(codes + 8 * eight, _mm256_and_si256(_mm256_srlv_epi32(words, shifts), ones));
+    }
+}
+
+/// `2 * lanes` floats, even and odd ones apart, and back.
+inline void split(const float* from, reg& even, reg& odd) {
+    const reg low = _mm256_permute2f128_ps(load(from), load(from + lanes), 0x20);
+    const reg high = _mm256_permute2f128_ps(load(from), load(from + lanes), 0x31);
+    even = _mm256_shuffle_ps(low, high, 0x88);
+    odd = _mm256_shuffle_ps(low, high, 0xdd);
+}
+inline void join(float* to, reg even, reg odd) {
+    const reg low = _mm256_unpacklo_ps(even, odd);
+    const reg high = _mm256_unpackhi_ps(even, odd);
+    store(to, _mm256_permute2f128_ps(low, high, 0x20));
+    store(to + lanes, _mm256_permute2f128_ps(low, high, 0x31));
+}
+
 #include "rvqkv/simd/kernels.inl"
 
 /// The integer search without VNNI: 16-bit sums of two products may not overflow, so codewords have seven bits.

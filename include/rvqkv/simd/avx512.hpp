@@ -243,6 +243,40 @@ inline __m128i sum_each(const ireg* four) {
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
 
+// What follows is for attention (`attention.inl`).
+
+inline constexpr int query_side = 4;
+inline constexpr int value_queries = 4;
+inline constexpr int value_side = 4;
+using avx2::unpack_tile;
+inline reg divide(reg a, reg b) {
+    return _mm512_div_ps(a, b);
+}
+inline void store_sums(float* to, const reg* four) {
+    reg8 halves[4];
+    RVQKV_UNROLL
+    for (int i = 0; i < 4; ++i) {
+        halves[i] = add(_mm512_maskz_extractf32x8_ps(0xff, four[i], 0), _mm512_maskz_extractf32x8_ps(0xff, four[i], 1));
+    }
+    store(to, avx2::sums_of(halves));
+}
+inline reg power_of_two(reg whole) {
+    return _mm512_castsi512_ps(
+        _mm512_maskz_slli_epi32(all, _mm512_add_epi32(to_integers(whole), _mm512_set1_epi32(127)), 23));
+}
+
+/// `2 * lanes` floats, even and odd ones apart, and back.
+inline void split(const float* from, reg& even, reg& odd) {
+    const __m512i places = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+    even = _mm512_permutex2var_ps(load(from), places, load(from + lanes));
+    odd = _mm512_permutex2var_ps(load(from), _mm512_add_epi32(places, _mm512_set1_epi32(1)), load(from + lanes));
+}
+inline void join(float* to, reg even, reg odd) {
+    const __m512i places = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+    store(to, _mm512_permutex2var_ps(even, places, odd));
+    store(to + lanes, _mm512_permutex2var_ps(even, _mm512_add_epi32(places, _mm512_set1_epi32(8)), odd));
+}
+
 #include "rvqkv/simd/kernels.inl"
 
 /// The integer search without VNNI: 16-bit sums of two products may not overflow, so codewords have seven bits.

@@ -101,6 +101,13 @@ inline reg subtract(const reg& a, const reg& b) {
     }
     return value;
 }
+inline reg multiply(const reg& a, const reg& b) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = a.lane[i] * b.lane[i];
+    }
+    return value;
+}
 inline ireg load(const std::int32_t* from) {
     ireg value;
     for (int i = 0; i < lanes; ++i) {
@@ -167,6 +174,72 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
         for (std::size_t i = 0; i < static_cast<std::size_t>(lanes); ++i) {
             to[j * to_stride + i] = from[i * stride + j];
         }
+    }
+}
+
+// What follows is for attention (`attention.inl`).
+
+inline constexpr int query_side = 1;
+inline constexpr int value_queries = 1;
+inline constexpr int value_side = 1;
+inline void unpack_tile(const std::byte* packed, unsigned bits, code_t* codes) {
+    unpack_codes(packed, 0, tile_tokens, bits, codes);
+}
+inline reg divide(const reg& a, const reg& b) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = a.lane[i] / b.lane[i];
+    }
+    return value;
+}
+inline reg max(const reg& a, const reg& b) {
+    return select(greater(a, b), a, b);
+}
+inline mask at_least(const reg& a, const reg& b) {
+    mask value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = a.lane[i] >= b.lane[i];
+    }
+    return value;
+}
+inline float sum(const reg& value) {
+    float total = 0.0F;
+    for (const float lane : value.lane) {
+        total += lane;
+    }
+    return total;
+}
+inline float largest(const reg& value) {
+    float top = value.lane[0];
+    for (const float lane : value.lane) {
+        top = lane > top ? lane : top;
+    }
+    return top;
+}
+inline void store_sums(float* to, const reg* four) {
+    for (int i = 0; i < 4; ++i) {
+        to[i] = sum(four[i]);
+    }
+}
+inline reg power_of_two(const reg& whole) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = std::bit_cast<float>((static_cast<std::int32_t>(whole.lane[i]) + 127) << 23U);
+    }
+    return value;
+}
+
+/// `2 * lanes` floats, even and odd ones apart, and back.
+inline void split(const float* from, reg& even, reg& odd) {
+    for (int i = 0; i < lanes; ++i) {
+        even.lane[i] = from[2 * i];
+        odd.lane[i] = from[2 * i + 1];
+    }
+}
+inline void join(float* to, const reg& even, const reg& odd) {
+    for (int i = 0; i < lanes; ++i) {
+        to[2 * i] = even.lane[i];
+        to[2 * i + 1] = odd.lane[i];
     }
 }
 

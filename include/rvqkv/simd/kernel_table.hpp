@@ -8,6 +8,7 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/half.hpp"
 #include "rvqkv/core/simd_level.hpp"
+#include "rvqkv/simd/attention_kernels.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -112,6 +113,8 @@ struct kernel_table {
     void (*to_float16)(const float* in, float16* out, std::size_t count);
     void (*from_bfloat16)(const bfloat16* in, float* out, std::size_t count);
     void (*to_bfloat16)(const float* in, bfloat16* out, std::size_t count);
+
+    attention_kernels attention;
 
     /// The loops for one weight type.
     template <class Weight>

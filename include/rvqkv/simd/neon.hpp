@@ -70,6 +70,9 @@ inline reg add(reg a, reg b) {
 inline reg subtract(reg a, reg b) {
     return vsubq_f32(a, b);
 }
+inline reg multiply(reg a, reg b) {
+    return vmulq_f32(a, b);
+}
 inline ireg load(const std::int32_t* from) {
     return vld1q_s32(from);
 }
@@ -110,6 +113,46 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
     store(to + to_stride, vcombine_f32(vget_low_f32(first.val[1]), vget_low_f32(second.val[1])));
     store(to + 2 * to_stride, vcombine_f32(vget_high_f32(first.val[0]), vget_high_f32(second.val[0])));
     store(to + 3 * to_stride, vcombine_f32(vget_high_f32(first.val[1]), vget_high_f32(second.val[1])));
+}
+
+// What follows is for attention (`attention.inl`).
+
+inline constexpr int query_side = 4;
+inline constexpr int value_queries = 4;
+inline constexpr int value_side = 4;
+inline void unpack_tile(const std::byte* packed, unsigned bits, code_t* codes) {
+    unpack_codes(packed, 0, tile_tokens, bits, codes);
+}
+inline reg divide(reg a, reg b) {
+    return vdivq_f32(a, b);
+}
+inline reg max(reg a, reg b) {
+    return select(greater(a, b), a, b);
+}
+inline mask at_least(reg a, reg b) {
+    return vcgeq_f32(a, b);
+}
+inline float sum(reg value) {
+    return vaddvq_f32(value);
+}
+inline float largest(reg value) {
+    return vmaxvq_f32(value);
+}
+inline void store_sums(float* to, const reg* four) {
+    store(to, vpaddq_f32(vpaddq_f32(four[0], four[1]), vpaddq_f32(four[2], four[3])));
+}
+inline reg power_of_two(reg whole) {
+    return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(whole), vdupq_n_s32(127)), 23));
+}
+
+/// `2 * lanes` floats, even and odd ones apart, and back.
+inline void split(const float* from, reg& even, reg& odd) {
+    const float32x4x2_t both = vld2q_f32(from);
+    even = both.val[0];
+    odd = both.val[1];
+}
+inline void join(float* to, reg even, reg odd) {
+    vst2q_f32(to, {{even, odd}});
 }
 
 // Decoding knows no other registers here.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file
 /// Where scales and codes lie in a page: parts apart and aligned, every token in its own bits.
-#include "rvqkv/cache/page_layout.hpp"
+#include "rvqkv/files/plane_layout.hpp"
 
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "support/catch.hpp"
@@ -28,7 +28,7 @@ std::shared_ptr<const rvqkv::codec> make_codec(std::size_t head_dim, rvqkv::code
     return rvqkv::make_codec<float>(spec, weights).value();
 }
 
-/// Codes and scales of some tokens, as `side_layout` takes them.
+/// Codes and scales of some tokens, as `plane_layout` takes them.
 struct encoded {
     std::vector<code_t> codes;  // [depth, token, head, group]
     std::vector<float> scales;  // [token, head]
@@ -54,10 +54,10 @@ struct encoded {
 
 }  // namespace
 
-TEST_CASE("side_layout: scales first, then one plane for each depth, aligned and without gaps", "[cache][unit]") {
+TEST_CASE("plane_layout: scales first, then one plane for each depth, aligned and without gaps", "[files][unit]") {
     // 6 tokens x 3 heads x 2 groups of 3-bit codes: 108 bits, 14 bytes; 18 scales of 2 bytes.
     const auto codec = make_codec(8, {3, 5, 4}, rvqkv::scale_kind::rms, rvqkv::dtype::float16);
-    const rvqkv::side_layout layout(*codec, 3, 6, 64);
+    const rvqkv::plane_layout layout(*codec, 3, 6, 64);
     CHECK(layout.begin() == 64);
     CHECK(layout.scales_offset() == 64);
     CHECK(layout.scale_bytes() == 36);
@@ -69,28 +69,28 @@ TEST_CASE("side_layout: scales first, then one plane for each depth, aligned and
     CHECK(layout.codes_per_token() == 6);
 }
 
-TEST_CASE("side_layout: pads nothing, if a page holds a multiple of 64 tokens", "[cache][property]") {
+TEST_CASE("plane_layout: pads nothing, if a page holds a multiple of 64 tokens", "[files][property]") {
     for (unsigned bits = 1; bits <= 16; ++bits) {
         for (const std::size_t heads : {1U, 3U, 8U}) {
             const auto codec =
                 make_codec(6, {2, std::size_t{1} << bits, 2}, rvqkv::scale_kind::max_abs, rvqkv::dtype::bfloat16);
-            const rvqkv::side_layout layout(*codec, heads, 64, 0);
+            const rvqkv::plane_layout layout(*codec, heads, 64, 0);
             CAPTURE(bits, heads);
             CHECK(layout.end() * 8 == 64 * heads * codec->bits_per_row());
         }
     }
 }
 
-TEST_CASE("side_layout: a codec without scales has no bytes for them", "[cache][unit]") {
+TEST_CASE("plane_layout: a codec without scales has no bytes for them", "[files][unit]") {
     const auto codec = make_codec(8, {2, 256, 4}, rvqkv::scale_kind::none, rvqkv::dtype::float32);
-    const rvqkv::side_layout layout(*codec, 2, 4, 8);
+    const rvqkv::plane_layout layout(*codec, 2, 4, 8);
     CHECK(layout.scale_bytes() == 0);
     CHECK(layout.plane_offset(0) == 8);
     CHECK(layout.end() == 8 + 2 * 16);
 }
 
-TEST_CASE("side_layout: stored tokens load again, and no bit of other tokens or of padding changes",
-          "[cache][property]") {
+TEST_CASE("plane_layout: stored tokens load again, and no bit of other tokens or of padding changes",
+          "[files][property]") {
     test::random_source random(1);
     CAPTURE(test::seed());
     for (unsigned bits = 1; bits <= 16; ++bits) {
@@ -99,7 +99,7 @@ TEST_CASE("side_layout: stored tokens load again, and no bit of other tokens or 
             const std::size_t heads = random.integer(1, 3);
             const std::size_t page_tokens = random.integer(1, 9);
             const auto codec = make_codec(4, {2, codewords, 2}, rvqkv::scale_kind::l2_norm, type);
-            const rvqkv::side_layout layout(*codec, heads, page_tokens, 16);
+            const rvqkv::plane_layout layout(*codec, heads, page_tokens, 16);
             CAPTURE(bits, rvqkv::name_of(type), heads, page_tokens);
             auto page = rvqkv::aligned_buffer<std::byte>::allocate(layout.end()).value();
 
@@ -130,11 +130,11 @@ TEST_CASE("side_layout: stored tokens load again, and no bit of other tokens or 
     }
 }
 
-TEST_CASE("side_layout: fewer depths are read from a page that ends after them", "[cache][property]") {
+TEST_CASE("plane_layout: fewer depths are read from a page that ends after them", "[files][property]") {
     test::random_source random(2);
     CAPTURE(test::seed());
     const auto codec = make_codec(6, {5, 37, 3}, rvqkv::scale_kind::std_dev, rvqkv::dtype::float16);
-    const rvqkv::side_layout layout(*codec, 2, 7, 0);
+    const rvqkv::plane_layout layout(*codec, 2, 7, 0);
     encoded whole(*codec, 7, 2);
     whole.fill(random, 37);
     auto page = rvqkv::aligned_buffer<std::byte>::allocate(layout.end()).value();

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// Where scales and codes lie in a page of the KV cache. Arithmetic and bytes only: pages are owned elsewhere.
+/// Where scales and codes lie in a compressed tensor, depth by depth. Arithmetic and bytes only: memory is owned
+/// elsewhere.
 #pragma once
 
 #include "rvqkv/core/bit_packing.hpp"
@@ -13,8 +14,8 @@
 
 RVQKV_NAMESPACE_BEGIN
 
-/// One side (the keys or the values) of a page that holds a fixed number of tokens: first the scales, then the codes,
-/// depth by depth, so that a reader of fewer depths touches no byte of the others.
+/// The keys or the values of a fixed number of tokens (a "page"): first the scales, then the codes, depth by depth, so
+/// that a reader of fewer depths touches no byte of the others.
 ///
 ///     begin()          scales_offset()  scale of [token, head], in the codec's scale type; none if it stores none
 ///                      plane_offset(0)  codes of depth 0 of [token, head, group], packed at the codec's bits
@@ -24,14 +25,14 @@ RVQKV_NAMESPACE_BEGIN
 /// Every part begins at a multiple of 8 bytes from the page's start, itself aligned to 64: up to 7 bytes of padding
 /// follow a part, none if a page holds a multiple of 64 tokens. A token's number in the page alone says which bits are
 /// its own: writing it changes no bit of another.
-class side_layout {
+class plane_layout {
 public:
     /// What the offset of every part is a multiple of.
     static constexpr std::size_t part_alignment = 8;
 
-    side_layout() = default;
+    plane_layout() = default;
     /// Precondition: `begin` is a multiple of `part_alignment`.
-    side_layout(const codec& codec, std::size_t heads, std::size_t page_tokens, std::size_t begin) noexcept
+    plane_layout(const codec& codec, std::size_t heads, std::size_t page_tokens, std::size_t begin) noexcept
         : heads_(heads),
           groups_(codec.groups()),
           depths_(codec.depths()),

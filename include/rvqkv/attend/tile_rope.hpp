@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: MIT
+/// @file
+/// Rotary embedding over tiles. A token's angle is that of its tile's start plus that of its place in the tile: keys
+/// are turned by the second, from a table that never changes, and queries back by the first, once for each tile.
+#pragma once
+
+#include "rvqkv/attend/rope.hpp"
+#include "rvqkv/core/aligned_buffer.hpp"
+#include "rvqkv/core/config.hpp"
+#include "rvqkv/core/error.hpp"
+#include "rvqkv/simd/kernels.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <utility>
+#include <vector>
+
+RVQKV_NAMESPACE_BEGIN
+
+/// A `rope` for rows whose channels stand in another order. Its "angles" are the pairs, in the order of their places.
+/// Threads: immutable; safe to share.
+class tile_rope {
+public:
+    /// Turns nothing.
+    tile_rope() = default;
+
+    /// `order[place]` is the channel there, `[head_dim]`.
+    /// Errors: `out_of_memory`.
+    [[nodiscard]] static result<tile_rope> create(const rope& source, std::span<const std::uint16_t> order,
+                                                  const kernel_table& kernels = best_kernels()) {
+        tile_rope made;
+        made.kernels_ = &kernels;
+        made.angles_ = source.pairs();
+        auto frequencies = aligned_buffer<double>::allocate(3 * made.angles_);
+        auto table = aligned_buffer<float>::allocate(tile_tokens * 2 * made.angles_);
+        if (!frequencies || !table) {
+            return error{error_code::out_of_memory, "out of memory"};
+        }
+        made.frequencies_ = std::move(frequencies).value();
+        made.table_ = std::move(table).value();
+        made.find_places(source, order);
+        for (std::size_t i = 0; i < made.angles_; ++i) {
+            const double frequency = source.frequency(made.pairs_[i].pair);
+            made.frequencies_[i] = frequency;
+            made.frequencies_[made.angles_ + i] = std::cos(static_cast<double>(tile_tokens) * frequency);
+            made.frequencies_[2 * made.angles_ + i] = std::sin(static_cast<double>(tile_tokens) * frequency);
+            for (std::size_t token = 0; token < tile_tokens; ++token) {
+                const double angle = static_cast<double>(token) * frequency;
+                float* const row = made.table_.data() + token * 2 * made.angles_;
+                row[i] = static_cast<float>(source.attention_factor() * std::cos(angle));
+                row[made.angles_ + i] = static_cast<float>(source.attention_factor() * std::sin(angle));
+            }
+        }
+        return made;
+    }
+
+    /// Pairs that are turned.
+    [[nodiscard]] std::size_t angles() const noexcept { return angles_; }
+    /// Places of the two channels of an angle.
+    [[nodiscard]] std::size_t first_place(std::size_t angle) const noexcept { return pairs_[angle].first; }
+    [[nodiscard]] std::size_t second_place(std::size_t angle) const noexcept { return pairs_[angle].second; }
+    [[nodiscard]] std::size_t bytes() const noexcept {
+        return frequencies_.bytes() + table_.bytes() + pairs_.size() * sizeof(pair_places) +
+               runs_.size() * sizeof(channel_pairs);
+    }
+
+    /// Cosines, then sines, of a tile's tokens: `[tile_tokens, 2 * angles]`, times the attention factor.
+    [[nodiscard]] const float* table() const noexcept { return table_.data(); }
+
+    /// Turns the first `count` rows of a tile by their places in it, and multiplies by the attention factor.
+    void turn(float* rows, std::size_t count, std::size_t stride) const noexcept {
+        kernels_->attention.turn(rows, count, stride, runs_.data(), runs_.size(), table_.data(),
+                                 table_.data() + angles_, 2 * angles_);
+    }
+
+    /// The angles of one position, and of one after the other more quickly. Lives in memory of the caller.
+    class cursor {
+    public:
+        /// Bytes of memory (aligned to 64) for so many angles.
+        [[nodiscard]] static std::size_t scratch_bytes(std::size_t angles) noexcept {
+            return 2 * angles * (sizeof(double) + sizeof(float));
+        }
+        cursor(const tile_rope& parent, std::byte* scratch) noexcept
+            : parent_(&parent),
+              exact_(static_cast<double*>(static_cast<void*>(scratch))),
+              floats_(static_cast<float*>(static_cast<void*>(exact_ + 2 * parent.angles_))) {}
+
+        /// Goes to a position.
+        void seek(std::int64_t position) noexcept {
+            const std::size_t angles = parent_->angles_;
+            if (is_set_ && position == position_) {
+                return;
+            }
+            double* const cosines = exact_;
+            double* const sines = exact_ + angles;
+            if (is_set_ && position - position_ == static_cast<std::int64_t>(tile_tokens) && steps_ < most_steps) {
+                const double* const cosine = parent_->frequencies_.data() + angles;
+                const double* const sine = cosine + angles;
+                for (std::size_t i = 0; i < angles; ++i) {
+                    const double turned = cosines[i] * cosine[i] - sines[i] * sine[i];
+                    sines[i] = sines[i] * cosine[i] + cosines[i] * sine[i];
+                    cosines[i] = turned;
+                }
+                ++steps_;
+            } else {
+                for (std::size_t i = 0; i < angles; ++i) {
+                    const double angle = static_cast<double>(position) * parent_->frequencies_[i];
+                    cosines[i] = std::cos(angle);
+                    sines[i] = std::sin(angle);
+                }
+                steps_ = 0;
+            }
+            is_set_ = true;
+            position_ = position;
+            for (std::size_t i = 0; i < angles; ++i) {
+                floats_[i] = static_cast<float>(cosines[i]);
+                floats_[angles + i] = static_cast<float>(-sines[i]);
+            }
+        }
+        /// Turns rows back by the position, without the attention factor.
+        void turn_back(float* rows, std::size_t count, std::size_t stride) const noexcept {
+            turn_back(rows, count, stride, parent_->runs_.data(), parent_->runs_.size());
+        }
+        /// The same for pairs that stand elsewhere.
+        void turn_back(float* rows, std::size_t count, std::size_t stride, const channel_pairs* pairs,
+                       std::size_t runs) const noexcept {
+            parent_->kernels_->attention.turn(rows, count, stride, pairs, runs, floats_, floats_ + parent_->angles_, 0);
+        }
+
+    private:
+        static constexpr unsigned most_steps = 256;  // rounding errors add up: 2^-44 at most
+        const tile_rope* parent_;
+        double* exact_;  // [2, angles]: cosines and sines
+        float* floats_;  // [2, angles]: cosines and negated sines
+        std::int64_t position_ = 0;
+        unsigned steps_ = 0;
+        bool is_set_ = false;
+    };
+
+private:
+    struct pair_places {
+        std::size_t first = 0;
+        std::size_t second = 0;
+        std::size_t pair = 0;
+    };
+
+    /// Where the channels of each pair stand, and neighbours put together that loops can take at once.
+    void find_places(const rope& source, std::span<const std::uint16_t> order) {
+        std::vector<std::size_t> places(order.size());
+        for (std::size_t place = 0; place < order.size(); ++place) {
+            places[order[place]] = place;
+        }
+        for (std::size_t pair = 0; pair < angles_; ++pair) {
+            pairs_.push_back({places[source.first_channel(pair)], places[source.second_channel(pair)], pair});
+        }
+        std::sort(pairs_.begin(), pairs_.end(),
+                  [](const pair_places& a, const pair_places& b) { return a.first < b.first; });
+        for (std::size_t i = 0; i < angles_;) {
+            channel_pairs run = {pairs_[i].first, pairs_[i].second, 1, 1, i};
+            const auto follows = [&](std::size_t step) {
+                const std::size_t next = i + run.count;
+                return next < angles_ && pairs_[next].first == run.first + run.count * step &&
+                       pairs_[next].second == run.second + run.count * step;
+            };
+            run.step = follows(2) ? 2 : 1;
+            while (follows(run.step)) {
+                ++run.count;
+            }
+            runs_.push_back(run);
+            i += run.count;
+        }
+    }
+
+    std::size_t angles_ = 0;
+    const kernel_table* kernels_ = nullptr;
+    std::vector<pair_places> pairs_;      // by angle
+    std::vector<channel_pairs> runs_;     // all pairs
+    aligned_buffer<double> frequencies_;  // [3, angles]: radians for each position; cosine and sine of a tile's length
+    aligned_buffer<float> table_;
+};
+
+RVQKV_NAMESPACE_END

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: MIT
+/// @file
+/// Rows of 16-bit numbers as exact pages hold them: finite, whatever was given.
+#pragma once
+
+#include "rvqkv/core/config.hpp"
+#include "rvqkv/core/half.hpp"
+#include "rvqkv/simd/convert.hpp"
+#include "rvqkv/simd/kernels.hpp"
+
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+RVQKV_NAMESPACE_BEGIN
+namespace detail {
+
+/// Whether a row holds a NaN or an infinity: adding one to an exponent that is all ones carries into the sign's place.
+/// Four 16-bit numbers, or two of 32 bits, at a time.
+template <class T>
+[[nodiscard]] inline bool has_nonfinite(const T* row, std::size_t count, std::uint64_t magnitudes,
+                                        std::uint64_t carries) noexcept {
+    constexpr std::size_t each = sizeof(std::uint64_t) / sizeof(T);
+    std::uint64_t found = 0;
+    std::size_t i = 0;
+    for (; i + each <= count; i += each) {
+        std::uint64_t word = 0;
+        std::memcpy(&word, row + i, sizeof(word));
+        found |= (word & magnitudes) + carries;
+    }
+    if (i < count) {
+        std::uint64_t word = 0;
+        std::memcpy(&word, row + i, (count - i) * sizeof(T));
+        found |= (word & magnitudes) + carries;
+    }
+    return (found & ~magnitudes) != 0;
+}
+[[nodiscard]] inline bool has_nonfinite(const float* row, std::size_t count) noexcept {
+    return has_nonfinite(row, count, 0x7fffffff7fffffffULL, 0x0080000000800000ULL);
+}
+[[nodiscard]] inline bool has_nonfinite(const std::uint16_t* row, std::size_t count, dtype type) noexcept {
+    return has_nonfinite(row, count, 0x7fff7fff7fff7fffULL,
+                         type == dtype::float16 ? 0x0400040004000400ULL : 0x0080008000800080ULL);
+}
+
+/// Replaces NaNs and infinities by 0 and returns how many there were.
+[[nodiscard]] inline std::size_t zero_nonfinite(float* row, std::size_t count) noexcept {
+    if (!has_nonfinite(row, count)) {
+        return 0;
+    }
+    std::size_t found = 0;
+    for (std::size_t i = 0; i < count; ++i) {
+        if (!std::isfinite(row[i])) {
+            row[i] = 0.0F;
+            ++found;
+        }
+    }
+    return found;
+}
+
+/// Rounds finite numbers to a 16-bit type; those beyond its range become its largest.
+inline void round_row(const float* in, std::uint16_t* out, std::size_t count, dtype type,
+                      const kernel_table& kernels) noexcept {
+    const std::uint16_t infinity = type == dtype::float16 ? 0x7c00U : 0x7f80U;
+    if (type == dtype::float16) {
+        convert(in, reinterpret_cast<float16*>(out), count, kernels);
+    } else {
+        convert(in, reinterpret_cast<bfloat16*>(out), count, kernels);
+    }
+    if (has_nonfinite(out, count, type)) {
+        for (std::size_t i = 0; i < count; ++i) {
+            if ((out[i] & 0x7fffU) >= infinity) {
+                out[i] = static_cast<std::uint16_t>((out[i] & 0x8000U) | (infinity - 1U));
+            }
+        }
+    }
+}
+
+/// A 16-bit row as float32: exact.
+inline void widen_row(const std::uint16_t* in, float* out, std::size_t count, dtype type,
+                      const kernel_table& kernels) noexcept {
+    if (type == dtype::float16) {
+        convert(reinterpret_cast<const float16*>(in), out, count, kernels);
+    } else {
+        convert(reinterpret_cast<const bfloat16*>(in), out, count, kernels);
+    }
+}
+
+}  // namespace detail
+RVQKV_NAMESPACE_END

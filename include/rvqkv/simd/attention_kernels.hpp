@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: MIT
+/// @file
+/// The part of the function table that attention uses.
+#pragma once
+
+#include "rvqkv/core/bit_packing.hpp"
+#include "rvqkv/core/config.hpp"
+#include "rvqkv/core/half.hpp"
+
+#include <cstddef>
+#include <type_traits>
+
+RVQKV_NAMESPACE_BEGIN
+
+/// Tokens that lie side by side wherever pages hold codes; the tokens of a page are a multiple. A tile of a row of
+/// codes is `8 * bits` bytes.
+inline constexpr std::size_t tile_tokens = 64;
+
+/// Pairs of places in a row that stand at regular distances: `(first + i * step, second + i * step)` for `i < count`,
+/// to be turned by angle number `angle + i`.
+struct channel_pairs {
+    std::size_t first = 0;
+    std::size_t second = 0;
+    std::size_t step = 1;
+    std::size_t count = 0;
+    std::size_t angle = 0;
+};
+
+/// Rows of numbers in memory, neighbours `stride` apart.
+template <class T>
+struct row_block {
+    T* data = nullptr;
+    std::size_t count = 0;
+    std::size_t stride = 0;
+};
+
+/// The inner loops of attention at one SIMD level. Sums are added in an order of the level's own.
+struct attention_kernels {
+    /// Turns the pairs of each of `rows` rows, in place: `(a, b)` becomes `(a cos - b sin, a sin + b cos)`. Row `i`
+    /// takes its cosines and sines `angle_stride` numbers further than row `i - 1`. All levels give the same bits.
+    void (*turn)(float* x, std::size_t rows, std::size_t stride, const channel_pairs* pairs, std::size_t runs,
+                 const float* cosines, const float* sines, std::size_t angle_stride);
+
+    /// The largest number that is none; -infinity if there is none.
+    float (*largest)(const float* x, std::size_t count);
+    /// `x[i] = exp(x[i] - shift)` within 2 ulp, 0 below the smallest normal number; a NaN stays one. Returns the sum.
+    /// Precondition: `x[i] <= shift`, where they are numbers.
+    float (*exponentials)(float* x, std::size_t count, float shift);
+    /// `x[i] = cap * tanh(x[i] / cap)`, within `cap * 2^-22`.
+    void (*soft_cap)(float* x, std::size_t count, float cap);
+
+    /// `x[i] *= by[i]`, but 0 stays 0 whatever it is multiplied by.
+    void (*multiply)(float* x, const float* by, std::size_t count);
+
+    /// The codes of one tile. `bits` is from 1 to 16; reads `8 * bits` bytes.
+    void (*unpack_tile)(const std::byte* packed, unsigned bits, code_t* codes);
+
+    /// The loops over rows of keys and values.
+    template <class T>
+    struct row_kernels {
+        /// `out[q * out_stride + i] = <rows[i], queries[q]>`.
+        void (*scores)(row_block<const T> rows, row_block<const float> queries, std::size_t dim, float* out,
+                       std::size_t out_stride);
+        /// `sums[q] += weights[q * weights_stride + i] * rows[i]`, summed over i.
+        void (*add)(row_block<const T> rows, const float* weights, std::size_t weights_stride, std::size_t dim,
+                    row_block<float> sums);
+    };
+    row_kernels<float> float32_rows;
+    row_kernels<float16> float16_rows;
+    row_kernels<bfloat16> bfloat16_rows;
+
+    /// The loops for one type of rows.
+    template <class T>
+    [[nodiscard]] const row_kernels<T>& rows() const noexcept {
+        if constexpr (std::is_same_v<T, float>) {
+            return float32_rows;
+        } else if constexpr (std::is_same_v<T, float16>) {
+            return float16_rows;
+        } else {
+            return bfloat16_rows;
+        }
+    }
+};
+
+RVQKV_NAMESPACE_END
