@@ -74,6 +74,11 @@ public:
                 }
             }
         }
+        for (cache_layer& layer : made->layers_) {
+            if (status done = layer.make_attention(made->layers_[layer.owner()]); !done) {
+                return done.error();
+            }
+        }
         return core;
     }
 
@@ -84,6 +89,19 @@ public:
     /// Sizes of pages that appends need: the pool's first ones.
     [[nodiscard]] std::size_t sizes() const noexcept { return sizes_; }
 
+    /// Makes an attention workspace large enough for every layer. Errors: `out_of_memory`.
+    [[nodiscard]] status reserve(attention_workspace& workspace, std::size_t query_tokens,
+                                 std::size_t concurrency) const {
+        for (const cache_layer& layer : layers_) {
+            if (layer.attention() == nullptr) {
+                continue;
+            }
+            if (status grown = layer.attention()->reserve(workspace, query_tokens, concurrency); !grown) {
+                return grown;
+            }
+        }
+        return {};
+    }
     /// Makes a workspace large enough for every layer. Errors: `out_of_memory`.
     [[nodiscard]] status reserve(kv_workspace& workspace, const executor& workers) const {
         for (const cache_layer& layer : layers_) {

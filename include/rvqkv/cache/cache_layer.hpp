@@ -3,6 +3,7 @@
 /// One layer as all sequences of a cache share it: what codes it, and the formats of its pages.
 #pragma once
 
+#include "rvqkv/attend/layer_attention.hpp"
 #include "rvqkv/attend/layer_config.hpp"
 #include "rvqkv/attend/page_layout.hpp"
 #include "rvqkv/cache/cache_config.hpp"
@@ -77,6 +78,26 @@ public:
         }
         return make_coded(coded_, keys_.codec().depths(), values_.codec().depths(), pool);
     }
+
+    /// Readies attention over the tokens of the layer that owns them, `owner`. Errors: `out_of_memory`.
+    [[nodiscard]] status make_attention(const cache_layer& owner) {
+        kv_layer_config read = owner.config_;
+        if (read.is_empty() || read.keys.heads != read.values.heads) {
+            return {};
+        }
+        if (&owner != this) {
+            read.query_heads = config_.query_heads;
+            read.sliding_window = config_.sliding_window;
+        }
+        auto made = layer_attention::create(read);
+        if (!made) {
+            return made.error();
+        }
+        attention_.reset(new (std::nothrow) layer_attention(std::move(made).value()));
+        return attention_ == nullptr ? status(error{error_code::out_of_memory, "out of memory"}) : status{};
+    }
+    /// Null for a layer whose keys and values have different heads, or none.
+    [[nodiscard]] const layer_attention* attention() const noexcept { return attention_.get(); }
 
     [[nodiscard]] const kv_layer_config& config() const noexcept { return config_; }
     [[nodiscard]] std::size_t number() const noexcept { return number_; }
@@ -162,6 +183,7 @@ public:
     [[nodiscard]] std::size_t bytes() const noexcept {
         std::size_t bytes = config_.key_mean.capacity() * sizeof(float) +
                             config_.rope.frequencies.capacity() * sizeof(double) + keys_.positions().bytes();
+        bytes += attention_ == nullptr ? 0 : sizeof(layer_attention) + attention_->bytes();
         const std::lock_guard lock(demoted_mutex_);
         for (const demoted_kind* each = demoted_; each != nullptr; each = each->next) {
             bytes += sizeof(demoted_kind);
@@ -224,6 +246,7 @@ private:
     page_kind sinks_;
     page_kind exact_;
     page_kind coded_;
+    std::unique_ptr<const layer_attention> attention_;
     mutable std::mutex demoted_mutex_;
     demoted_kind* demoted_ = nullptr;
 };

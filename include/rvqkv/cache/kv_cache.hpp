@@ -57,6 +57,20 @@ public:
         }
         return workspace;
     }
+    /// A workspace large enough for attention of up to so many query tokens over any layer, with as many workers, which
+    /// allocates nothing then.
+    /// Errors: `out_of_memory`; `invalid_argument` for a cache that was moved from.
+    [[nodiscard]] result<attention_workspace> make_attention_workspace(
+        std::size_t query_tokens = 1, const executor& workers = serial_executor()) const {
+        if (!core_) {
+            return moved_from();
+        }
+        attention_workspace workspace;
+        if (status grown = core_->reserve(workspace, query_tokens, workers.concurrency()); !grown) {
+            return grown.error();
+        }
+        return workspace;
+    }
 
     /// Layers of the model; none after a move.
     [[nodiscard]] std::size_t layers() const noexcept { return core_ ? core_->layers() : 0; }

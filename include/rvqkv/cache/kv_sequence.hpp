@@ -159,6 +159,39 @@ public:
         return reconstruct(layer, false, first_token, out, depths, workspace);
     }
 
+    /// Attention of a layer's newest tokens over all that it holds, codes read as they are.
+    /// Shapes:     `queries` `[token, query head, head_dim]`, those of the layer's last tokens, which have been
+    ///             appended; `out` `[token, query head, head_dim of the values]`; any types and strides. Queries are
+    ///             turned like the keys: after rotary embedding if the layer's `turned_input` says so.
+    /// Errors:     `invalid_argument` for a layer without attention, other shapes, more queries than tokens, or options
+    ///             that do not fit; `out_of_memory` when the workspace cannot grow (one from
+    ///             `kv_cache::make_attention_workspace` need not). Nothing is written then.
+    /// Threads:    a reader; none of its own. KV heads are shared out over `workers`.
+    /// Numerics:   as `layer_attention::attend`.
+    [[nodiscard]] status attend(std::size_t layer, const tensor_view& queries, const mutable_tensor_view& out,
+                                attention_workspace& workspace, const attention_options& options = {},
+                                const executor& workers = serial_executor()) const {
+        if (status bad = check_queries(layer, queries.tokens()); !bad) {
+            return bad;
+        }
+        return in_layer(layer, core_->layer(layer).attention()->attend(
+                                   runs(layer), queries, next_position(layer) - signed_count(queries.tokens()), out,
+                                   workspace, options, workers));
+    }
+    /// The same for an engine that merges it with attention over other tokens (`merge_partial`): also gives each
+    /// query's logarithm of the sum of exp(score). Shapes: `log_sum_exp` `[token, query head]`.
+    [[nodiscard]] status attend_partial(std::size_t layer, const tensor_view& queries, const mutable_tensor_view& out,
+                                        std::span<float> log_sum_exp, attention_workspace& workspace,
+                                        const attention_options& options = {},
+                                        const executor& workers = serial_executor()) const {
+        if (status bad = check_queries(layer, queries.tokens()); !bad) {
+            return bad;
+        }
+        return in_layer(layer, core_->layer(layer).attention()->attend_partial(
+                                   runs(layer), queries, next_position(layer) - signed_count(queries.tokens()), out,
+                                   log_sum_exp, workspace, options, workers));
+    }
+
     /// Another sequence with the same tokens, which shares all pages with this one.
     /// Errors: `out_of_memory`. Complexity: O(pages). Threads: a reader.
     [[nodiscard]] result<kv_sequence> fork() const {
@@ -405,6 +438,29 @@ private:
             return core_->layer(layer).wrong(" has no cache: it was configured without heads");
         }
         return {};
+    }
+    [[nodiscard]] static std::int64_t signed_count(std::size_t tokens) noexcept {
+        return static_cast<std::int64_t>(tokens);
+    }
+    [[nodiscard]] status check_queries(std::size_t layer, std::size_t queries) const {
+        if (status bad = check_layer(layer); !bad) {
+            return bad;
+        }
+        if (core_->layer(layer).attention() == nullptr) {
+            return core_->layer(layer).wrong(": attention needs as many heads of values as of keys");
+        }
+        if (queries > tokens(layer)) {
+            return core_->layer(layer).wrong(": " + std::to_string(queries) + " queries are more than the " +
+                                             std::to_string(tokens(layer)) + " tokens: append theirs first");
+        }
+        return {};
+    }
+    /// Says in which layer something went wrong.
+    [[nodiscard]] status in_layer(std::size_t layer, status outcome) const {
+        if (outcome.ok() || outcome.error().code == error_code::out_of_memory) {
+            return outcome;
+        }
+        return core_->layer(layer).wrong(": " + outcome.error().message);
     }
     [[nodiscard]] status check_writable(std::size_t layer) const {
         if (status bad = check_layer(layer); !bad) {
