@@ -160,6 +160,13 @@ public:
         }
         return row;
     }
+    /// A head's key or query as rotary embedding leaves it, from the state in which it is given.
+    [[nodiscard]] std::vector<float> turned(std::vector<float> head, std::int64_t position) const {
+        if (config_.coding != key_coding::as_given && !config_.turned_input) {
+            rope_.turn({head.data(), 1, head.size(), head.size()}, position, 1);
+        }
+        return head;
+    }
 
 private:
     [[nodiscard]] bool turns() const {
@@ -270,7 +277,8 @@ rvqkv::kv_cache_config make_config(test::random_source& random, rvqkv::page_sour
     for (const std::size_t layer : {0U, 1U, 4U}) {
         rvqkv::kv_layer_config& each = config.layers[layer];
         each.keys = {keys, 2};
-        each.values = {values, 1};
+        each.values = {values, 2};
+        each.query_heads = random.integer(0, 1) == 0 ? 0 : 6;
         each.coding = layer == 0 ? key_coding::as_given : pick(codings);
         each.turned_input = random.integer(0, 1) == 0;
         each.rope.base = 100.0;
@@ -281,6 +289,7 @@ rvqkv::kv_cache_config make_config(test::random_source& random, rvqkv::page_sour
         }
     }
     config.layers[3].shares_layer = 1;
+    config.layers[3].query_heads = 4;
     config.layers[4].sliding_window = random.integer(1, 150);
     return config;
 }
@@ -299,7 +308,8 @@ public:
           fails_(fails),
           config_(make_config(random, source_)),
           cache_(rvqkv::kv_cache::create(config_).value()),
-          workspace_(cache_->make_workspace().value()) {
+          workspace_(cache_->make_workspace().value()),
+          attention_(cache_->make_attention_workspace(most_queries).value()) {
         for (const std::size_t layer : owners) {
             layers_[layer].emplace(config_, layer, random);
         }
@@ -311,6 +321,9 @@ public:
             pair_of_both& both = sequences_[random_.integer(0, sequences_.size() - 1)];
             step(both);
             check_some(sequences_[random_.integer(0, sequences_.size() - 1)]);
+            if (i % 8 == 7) {
+                check_attention(sequences_[random_.integer(0, sequences_.size() - 1)]);
+            }
             if (i % 512 == 511) {
                 check_all(sequences_[random_.integer(0, sequences_.size() - 1)]);
             }
@@ -329,6 +342,7 @@ private:
     static constexpr std::array<std::size_t, 3> owners = {0, 1, 4};
     static constexpr std::size_t windowed = 4;
     static constexpr std::size_t most_tokens = 500;
+    static constexpr std::size_t most_queries = 3;
 
     [[nodiscard]] std::size_t least_tokens(const pair_of_both& both) const {
         std::size_t least = most_tokens;
@@ -599,6 +613,78 @@ private:
         }
     }
 
+    /// Attention of the last tokens of a layer, against the same in double over what the reference holds.
+    void check_attention(const pair_of_both& both) {
+        constexpr std::array<std::size_t, 4> readers = {0, 1, 3, 4};
+        const std::size_t layer = readers[random_.integer(0, readers.size() - 1)];
+        const model_layer& model = *layers_[layer == 3 ? 1 : layer];
+        const std::vector<token>& tokens = both.model[layer == 3 ? 1 : layer];
+        const std::size_t queries = random_.integer(0, std::min<std::size_t>(tokens.size(), most_queries));
+        const rvqkv::kv_layer_config& config = config_.layers[layer];
+        const std::size_t heads = model.config().keys.heads;
+        const std::size_t query_heads = config.query_heads == 0 ? heads : config.query_heads;
+        const std::size_t key_dim = model.config().keys.codec->head_dim();
+        const std::size_t value_dim = model.config().values.codec->head_dim();
+        const std::vector<float> given = test::gaussian_numbers(random_, queries * query_heads * key_dim);
+        std::vector<float> out(queries * query_heads * value_dim, -1.0F);
+        REQUIRE(both.real.attend(layer, {given.data(), {queries, query_heads, key_dim}},
+                                 {out.data(), {queries, query_heads, value_dim}}, attention_));
+        std::vector<std::vector<float>> keys;
+        std::vector<std::vector<float>> values;
+        const std::size_t first = both.real.first_token(layer);
+        for (std::size_t j = first; queries != 0 && j < tokens.size(); ++j) {
+            keys.push_back(model.read(tokens[j], true, kv_sequence::all_depths));
+            values.push_back(model.read(tokens[j], false, kv_sequence::all_depths));
+        }
+        for (std::size_t i = 0; i < queries * query_heads; ++i) {
+            const std::int64_t position = tokens.back().position + 1 - static_cast<std::int64_t>(queries) +
+                                          static_cast<std::int64_t>(i / query_heads);
+            const std::size_t head = i % query_heads / (query_heads / heads);
+            const std::vector<float> query =
+                model.turned({given.data() + i * key_dim, given.data() + (i + 1) * key_dim}, position);
+            std::vector<double> scores(keys.size(), -std::numeric_limits<double>::infinity());
+            double top = scores.empty() ? 0.0 : scores[0];
+            double largest = 0.0;
+            for (std::size_t j = 0; j < keys.size(); ++j) {
+                const std::int64_t distance = position - tokens[first + j].position;
+                if (distance < 0 ||
+                    (config.sliding_window != 0 && distance >= static_cast<std::int64_t>(config.sliding_window))) {
+                    continue;
+                }
+                const std::vector<float> key =
+                    model.turned({keys[j].data() + head * key_dim, keys[j].data() + (head + 1) * key_dim},
+                                 tokens[first + j].position);
+                double score = 0.0;
+                for (std::size_t c = 0; c < key_dim; ++c) {
+                    score += static_cast<double>(query[c]) * static_cast<double>(key[c]);
+                }
+                scores[j] = score / std::sqrt(static_cast<double>(key_dim));
+                top = std::max(top, scores[j]);
+                largest = std::max(largest, std::fabs(scores[j]));
+            }
+            if (largest > 300.0) {
+                continue;  // float32 cannot tell such scores apart
+            }
+            double total = 0.0;
+            std::vector<double> expected(value_dim, 0.0);
+            std::vector<double> sizes(value_dim, 0.0);
+            for (std::size_t j = 0; j < keys.size(); ++j) {
+                const double weight = std::exp(scores[j] - top);
+                total += weight;
+                for (std::size_t c = 0; c < value_dim; ++c) {
+                    const double value = static_cast<double>(values[j][head * value_dim + c]);
+                    expected[c] += weight * value;
+                    sizes[c] += weight * std::fabs(value);
+                }
+            }
+            for (std::size_t c = 0; c < value_dim; ++c) {
+                const double got = static_cast<double>(out[i * value_dim + c]);
+                CAPTURE(layer, i, c, queries, tokens.size(), static_cast<int>(model.config().coding), total);
+                REQUIRE(std::fabs(got - expected[c] / total) <= 1e-3 * sizes[c] / total + 1e-6);
+            }
+        }
+    }
+
     test::random_source& random_;
     bool fails_;
     std::size_t failures_ = 0;
@@ -606,6 +692,7 @@ private:
     rvqkv::kv_cache_config config_;
     std::optional<rvqkv::kv_cache> cache_;
     rvqkv::kv_workspace workspace_;
+    rvqkv::attention_workspace attention_;
     std::array<std::optional<model_layer>, 5> layers_;
     std::vector<pair_of_both> sequences_;
 };
