@@ -320,8 +320,8 @@ public:
     }
 
     /// Makes room for `tokens` tokens in all, in every layer, and keeps it: pages that the sequence lets go of stay its
-    /// own from now on, until `release_spare_pages`. Appends of up to `page_tokens` tokens, and one of any number to an
-    /// empty sequence, allocate nothing until then; each rollback into a page of codes may need one page more.
+    /// own from now on, until `release_spare_pages`. Appends (to layers with a sliding window: of up to `page_tokens`
+    /// tokens) allocate nothing until then; each rollback into a page of codes may need one page more.
     /// Errors: `out_of_memory`. Complexity: O(pages held and new).
     [[nodiscard]] status reserve(std::size_t tokens) {
         const detail::writer_guard guard(writing_);
@@ -344,9 +344,9 @@ public:
                   std::pair{&layer.coded(), needs.coded}}) {
                 stock_.want(*kind, needed - std::min(needed, layers_[i].pages_of(kind->format)));
             }
-            // An append fills a page more before it lets go of the one that it encodes; layers take turns at that.
+            // An append fills new exact pages before it lets go of the old ones; layers take turns at that.
             if (needs.exact != 0) {
-                stock_.want_at_once(layer.exact(), 1);
+                stock_.want_at_once(layer.exact(), layer.most_exact());
             }
         }
         return stock_.fill();
