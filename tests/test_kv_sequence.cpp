@@ -544,7 +544,6 @@ TEST_CASE("kv_sequence: no allocation once reserved, whatever a decode loop does
             }
         };
         std::size_t allocations = 0;
-        rvqkv::kv_encode_report report;
         {
             const test::allocation_counter counter;
             append(sequence, 0, 250);
@@ -586,7 +585,7 @@ TEST_CASE("kv_sequence: no allocation once reserved, whatever a decode loop does
 
 TEST_CASE("kv_sequence: 32k tokens of Llama 3 8B take what the formula says and less than 1 % more", "[cache][unit]") {
     test::random_source random(11);
-    const side s(plain_codec(random, 128, {3, 128, 8}), 8, dtype::float16, 64, random);
+    const side s(plain_codec(random, 128, {3, 65, 8}), 8, dtype::float16, 64, random);  // 7 bits
     kv_cache_config config = one_layer(s, s);
     const kv_cache cache = make_cache(config);
     kv_workspace workspace = cache.make_workspace().value();
