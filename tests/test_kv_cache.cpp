@@ -79,6 +79,11 @@ TEST_CASE("kv_cache: a configuration that makes no sense is refused by name", "[
           }) == "ok");
     CHECK(refused([](config& c) { c.layers[1].shares_layer = 0; }) ==
           "layer 1: shares layer 0's cache, so it must have no codecs and no heads");
+    CHECK(refused([](config& c) {
+              c.layers[0].sliding_window = 100;
+              c.layers[1] = {};
+              c.layers[1].shares_layer = 0;
+          }) == "layer 1: sliding_window is 0, but layer 0 keeps 100 tokens only");
     const std::string no_owner = "must be an earlier layer that has a cache of its own";
     CHECK(refused([](config& c) {
               c.layers[1] = {};

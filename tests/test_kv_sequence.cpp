@@ -580,6 +580,18 @@ TEST_CASE("kv_sequence: no allocation once reserved, whatever a decode loop does
             allocations = counter.allocations();
         }
         CHECK(allocations == 0);
+        // Pages that are cut hold less, so as many tokens need more of them.
+        sequence.evict(10, 100).value();
+        sequence.evict(300, 350).value();
+        sequence.reserve(tokens).value();
+        {
+            const test::allocation_counter counter;
+            append(sequence, 460, 60);
+            append(sequence, 520, 80);
+            allocations = counter.allocations();
+        }
+        CHECK(sequence.tokens(0) == tokens);
+        CHECK(allocations == 0);
     }
 }
 
