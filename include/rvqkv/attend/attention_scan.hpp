@@ -79,6 +79,7 @@ public:
           kernels_(*parts.kernels),
           most_(rows),
           slots_(slots_for(rows)),
+          stride_(slots_ + token_chunk::least_slots),
           dealer_(memory),
           chunk_(slots_, dealer_) {
         scratch_dealer& dealer = dealer_;
@@ -93,7 +94,7 @@ public:
         mean_terms_ = dealer.take<float>(rows * 2 * pairs);
         mean_constants_ = dealer.take<float>(rows);
         bias_ = dealer.take<float>(rows * tile_tokens);
-        scores_ = dealer.take<float>(rows * slots_);
+        scores_ = dealer.take<float>(rows * stride_);
         tile_ = dealer.take<float>(tile_tokens * wide);
         sums_ = dealer.take<float>(rows * parts.value_dim);
         coded_sums_ = dealer.take<float>(rows * parts.value_dim);
@@ -137,7 +138,7 @@ private:
     }
     [[nodiscard]] std::size_t query_token(std::size_t row) const noexcept { return (first_row_ + row) / parts_.group; }
     [[nodiscard]] float* scores(std::size_t row, const chunk_piece& part) const noexcept {
-        return scores_ + row * slots_ + part.slot;
+        return scores_ + row * stride_ + part.slot;
     }
 
     void begin() noexcept {
@@ -262,7 +263,7 @@ private:
         const std::size_t dim = parts_.key_dim;
         if (parts_.coding != key_coding::before_rope) {
             kernels_.attention.rows<T>().scores({keys, part.tokens, dim}, {based_, rows_, dim}, dim, scores(0, part),
-                                                slots_);
+                                                stride_);
             return;
         }
         tile_rope::cursor cursor(parts_.plain, cursors_[0]);
@@ -274,7 +275,7 @@ private:
             std::memcpy(turned_, queries_, rows_ * dim * sizeof(float));
             cursor.turn_back(turned_, rows_, dim);
             kernels_.attention.rows<float>().scores({tile_, count, dim}, {turned_, rows_, dim}, dim,
-                                                    scores(0, part) + first, slots_);
+                                                    scores(0, part) + first, stride_);
         }
     }
     template <class T>
@@ -307,9 +308,9 @@ private:
                 cursor.turn_back(turned_, rows_, dim);
                 return row_block<const float>{turned_, rows_, dim};
             };
-            parts_.key_tiles->scores(tiles, turn, out, slots_, key_scratch_);
+            parts_.key_tiles->scores(tiles, turn, out, stride_, key_scratch_);
         } else {
-            keys_->scores(tiles, rows_, out, slots_, key_scratch_);
+            keys_->scores(tiles, rows_, out, stride_, key_scratch_);
         }
         if (parts_.mean.size() != 0) {
             add_mean(out, positions, tiles.tiles.count);
@@ -364,7 +365,7 @@ private:
             }
             for (std::size_t row = 0; row < rows_; ++row) {
                 for (std::size_t i = 0; i < tile_tokens; ++i) {
-                    out[row * slots_ + i] += bias_[row * tile_tokens + i] + mean_constants_[row];
+                    out[row * stride_ + i] += bias_[row * tile_tokens + i] + mean_constants_[row];
                 }
             }
         }
@@ -376,7 +377,7 @@ private:
     void weigh() noexcept {
         bool rescaled = false;
         for (std::size_t row = 0; row < rows_; ++row) {
-            factors_[row] = states_[row].add(scores_ + row * slots_, chunk_.slots(), kernels_);
+            factors_[row] = states_[row].add(scores_ + row * stride_, chunk_.slots(), kernels_);
             rescaled = rescaled || factors_[row] != 1.0F;
         }
         if (rescaled) {
@@ -390,7 +391,7 @@ private:
             const std::size_t end = chunk_.group_end(i, [](const page_run&, const page_run&) { return true; });
             const page_format& format = *pieces[i].run->format;
             if (!format.is_exact) {
-                values_->add(tiles_of(i, end, format.coded_values), rows_, scores(0, pieces[i]), slots_,
+                values_->add(tiles_of(i, end, format.coded_values), rows_, scores(0, pieces[i]), stride_,
                              value_scratch_);
             } else if (format.exact_values.type() == dtype::float16) {
                 add_exact<float16>(pieces[i]);
@@ -403,7 +404,7 @@ private:
     template <class T>
     void add_exact(const chunk_piece& part) noexcept {
         const T* const values = exact_rows<T>(part, part.run->format->exact_values);
-        kernels_.attention.rows<T>().add({values, part.tokens, parts_.value_dim}, scores(0, part), slots_,
+        kernels_.attention.rows<T>().add({values, part.tokens, parts_.value_dim}, scores(0, part), {stride_, 1},
                                          parts_.value_dim, {sums_, rows_, parts_.value_dim});
     }
 
@@ -432,6 +433,7 @@ private:
     const kernel_table& kernels_;
     std::size_t most_;
     std::size_t slots_;
+    std::size_t stride_;  // of rows of scores: no power of two, which would crowd a part of the cache
     scratch_dealer dealer_;
     token_chunk chunk_;
 

@@ -5,6 +5,7 @@
 
 #include "rvqkv/attend/attention_options.hpp"
 #include "rvqkv/attend/attention_scan.hpp"
+#include "rvqkv/attend/large_tables.hpp"
 #include "rvqkv/attend/layer_config.hpp"
 #include "rvqkv/attend/page_layout.hpp"
 #include "rvqkv/attend/tile_reader.hpp"
@@ -69,6 +70,9 @@ public:
         std::copy(config.key_mean.begin(), config.key_mean.end(), parts.mean.data());
         parts.key_tiles = std::make_unique<tile_key_reader>(tile_decoder(parts.key_codec, kernels));
         parts.value_tiles = std::make_unique<tile_value_reader>(tile_decoder(parts.value_codec, kernels));
+        if (status wrong = made.make_tables(); !wrong) {
+            return wrong.error();
+        }
         return made;
     }
 
@@ -148,6 +152,21 @@ private:
         parts_.rope = std::move(turned).value();
         parts_.plain = std::move(plain).value();
         parts_.coded = std::move(coded).value();
+        return {};
+    }
+
+    /// The quicker readers that there are for the codecs' shapes.
+    [[nodiscard]] status make_tables() {
+        if (large_key_tables::supports(parts_.key_codec->shape()) && parts_.coding != key_coding::before_rope) {
+            auto tables = large_key_tables::create(parts_.key_codec, *parts_.kernels);
+            if (!tables) {
+                return tables.error();
+            }
+            parts_.key_tables = std::move(tables).value();
+        }
+        if (large_value_tables::supports(parts_.value_codec->shape())) {
+            parts_.value_tables = std::make_unique<large_value_tables>(parts_.value_codec, *parts_.kernels);
+        }
         return {};
     }
 

@@ -167,7 +167,7 @@ public:
                 std::memcpy(scaled + row * tile_tokens, weights + row * weights_stride, tile_tokens * sizeof(float));
                 kernels.multiply(scaled + row * tile_tokens, scales, tile_tokens);
             }
-            kernels.rows<float>().add({values, tile_tokens, head_dim()}, scaled, tile_tokens, head_dim(),
+            kernels.rows<float>().add({values, tile_tokens, head_dim()}, scaled, {tile_tokens, 1}, head_dim(),
                                       {sums, rows, head_dim()});
         }
     }
