@@ -38,6 +38,7 @@ struct attention_parts {
     std::size_t key_dim = 0;
     std::size_t value_dim = 0;
     std::size_t window = 0;
+    std::size_t chunk_tokens = 4096;
     key_coding coding = key_coding::as_given;
     bool turned_input = true;
     rvqkv::rope rope;
@@ -78,7 +79,7 @@ public:
         : parts_(parts),
           kernels_(*parts.kernels),
           most_(rows),
-          slots_(slots_for(rows)),
+          slots_(slots_for(parts, rows)),
           stride_(slots_ + token_chunk::least_slots),
           dealer_(memory),
           chunk_(slots_, dealer_) {
@@ -128,8 +129,10 @@ public:
 private:
     static constexpr std::int64_t no_base = std::numeric_limits<std::int64_t>::min();
 
-    static std::size_t slots_for(std::size_t rows) noexcept {
-        return std::clamp(std::size_t{16384} / rows / tile_tokens * tile_tokens, std::size_t{512}, std::size_t{4096});
+    /// A chunk's scores fit into the second cache; more tokens where each chunk goes through large tables.
+    static std::size_t slots_for(const attention_parts& parts, std::size_t rows) noexcept {
+        const std::size_t most = parts.chunk_tokens;
+        return std::clamp(4 * most / rows / tile_tokens * tile_tokens, std::size_t{512}, most);
     }
 
     [[nodiscard]] const attention_options& options() const noexcept { return *call_->options; }
@@ -162,6 +165,7 @@ private:
         }
         filter_ = {parts_.window, options().causal};
         chunk_.begin(call_->runs, filter_, positions_[0], positions_[rows_ - 1]);
+        is_first_ = true;
         base_ = no_base;
         keys_ = nullptr;
         values_ = parts_.value_tiles.get();
@@ -270,7 +274,7 @@ private:
         for (std::size_t first = 0; first < part.tokens; first += tile_tokens) {
             const std::size_t count = std::min(tile_tokens, part.tokens - first);
             convert(keys + first * dim, tile_, count * dim, kernels_);
-            parts_.plain.turn(tile_, count, dim);
+            parts_.plain.turn(tile_, count, dim, 0);
             cursor.seek(part.position() + static_cast<std::int64_t>(first));
             std::memcpy(turned_, queries_, rows_ * dim * sizeof(float));
             cursor.turn_back(turned_, rows_, dim);
@@ -301,11 +305,13 @@ private:
         }
         if (parts_.coding == key_coding::before_rope) {
             tile_rope::cursor cursor(parts_.coded, cursors_[1]);
-            const auto turn = [&](std::size_t tile, float* rows) {
-                parts_.coded.turn(rows, tile_tokens, dim);
-                cursor.seek(positions[tile]);
-                std::memcpy(turned_, grouped_, rows_ * dim * sizeof(float));
-                cursor.turn_back(turned_, rows_, dim);
+            const auto turn = [&](std::size_t tile, std::size_t at, float* rows) {
+                parts_.coded.turn(rows, tile_decoder::part_rows, dim, at);
+                if (at == 0) {
+                    cursor.seek(positions[tile]);
+                    std::memcpy(turned_, grouped_, rows_ * dim * sizeof(float));
+                    cursor.turn_back(turned_, rows_, dim);
+                }
                 return row_block<const float>{turned_, rows_, dim};
             };
             parts_.key_tiles->scores(tiles, turn, out, stride_, key_scratch_);
@@ -380,12 +386,13 @@ private:
             factors_[row] = states_[row].add(scores_ + row * stride_, chunk_.slots(), kernels_);
             rescaled = rescaled || factors_[row] != 1.0F;
         }
-        if (rescaled) {
+        if (rescaled && !is_first_) {
             for (std::size_t i = 0; i < rows_ * parts_.value_dim; ++i) {
                 sums_[i] *= factors_[i / parts_.value_dim];
             }
             values_->rescale(factors_, rows_, value_scratch_);
         }
+        is_first_ = false;
         const std::span<const chunk_piece> pieces = chunk_.pieces();
         for (std::size_t i = 0; i < pieces.size();) {
             const std::size_t end = chunk_.group_end(i, [](const page_run&, const page_run&) { return true; });
@@ -460,6 +467,7 @@ private:
     std::size_t first_row_ = 0;
     std::size_t rows_ = 0;
     token_filter filter_;
+    bool is_first_ = true;  // whether nothing was summed yet
     std::int64_t base_ = no_base;
     const key_reader* keys_ = nullptr;  // prepared for `grouped_`; null: none yet
     const value_reader* values_ = nullptr;

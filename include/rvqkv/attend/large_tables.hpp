@@ -24,6 +24,10 @@
 #include <utility>
 
 RVQKV_NAMESPACE_BEGIN
+
+/// Tokens whose scores should go through the softmax together where tables this large are read for each portion.
+inline constexpr std::size_t large_chunk_tokens = 16384;
+
 namespace detail {
 
 /// What both sides share: sizes, and where codes are found.
@@ -36,10 +40,10 @@ public:
     }
 
     large_tables(std::shared_ptr<const codec> source, const kernel_table& kernels)
-        : decoder_(std::move(source), kernels) {}
+        : source_(std::move(source)), kernels_(&kernels) {}
 
-    [[nodiscard]] const codec& source() const noexcept { return decoder_.source(); }
-    [[nodiscard]] const attention_kernels& kernels() const noexcept { return decoder_.kernels().attention; }
+    [[nodiscard]] const codec& source() const noexcept { return *source_; }
+    [[nodiscard]] const attention_kernels& kernels() const noexcept { return kernels_->attention; }
     [[nodiscard]] std::size_t groups() const noexcept { return source().groups(); }
     /// Tables for all depths.
     [[nodiscard]] std::size_t places() const noexcept { return source().depths() * groups(); }
@@ -47,11 +51,11 @@ public:
     [[nodiscard]] std::size_t slots() const noexcept { return std::size_t{1} << source().bits_per_code(); }
     [[nodiscard]] static std::size_t fours(std::size_t rows) noexcept { return (rows + 3) / 4; }
     void scales(const coded_tiles& tiles, std::size_t tile, float* out) const noexcept {
-        decoder_.scales(tiles, tile, out);
+        tile_decoder::load_scales(tiles, tile, *kernels_, out);
     }
 
-    /// Tiles that are read at a time.
-    static constexpr std::size_t most_tiles = 64;
+    /// Tiles that are read at a time: tables are read for every such portion anew.
+    static constexpr std::size_t most_tiles = large_chunk_tokens / tile_tokens;
     /// Where `count` tiles from `first` on begin.
     static void locate(const coded_tiles& tiles, std::size_t first, std::size_t count,
                        const std::byte** places) noexcept {
@@ -73,7 +77,8 @@ public:
     }
 
 private:
-    tile_decoder decoder_;
+    std::shared_ptr<const codec> source_;
+    const kernel_table* kernels_;
 };
 
 }  // namespace detail
@@ -309,6 +314,7 @@ public:
     void begin(std::size_t rows, std::byte* memory) const noexcept override {
         const scratch_parts to = scratch(memory, rows);
         std::memset(static_cast<void*>(to.bins), 0, bin_count(rows) * sizeof(float4));
+        std::fill_n(to.gains, rows, 1.0F);
     }
     void add(const coded_tiles& tiles, std::size_t rows, const float* weights, std::size_t weights_stride,
              std::byte* memory) const noexcept override {
@@ -328,6 +334,9 @@ public:
                                     weights + (row + q) * weights_stride + (first + tile) * tile_tokens,
                                     tile_tokens * sizeof(float));
                         tables_.kernels().multiply(scaled + q * tile_tokens, scales, tile_tokens);
+                        for (std::size_t i = 0; i < tile_tokens; ++i) {
+                            scaled[q * tile_tokens + i] *= to.gains[row + q];
+                        }
                     }
                     float4* const turned = to.weights + tile * tile_tokens;
                     for (std::size_t i = 0; i < tile_tokens; ++i) {
@@ -344,15 +353,24 @@ public:
         }
     }
     void rescale(const float* factors, std::size_t rows, std::byte* memory) const noexcept override {
+        // Bins are many: what they hold grows instead of what they held shrinking, within float32's range.
+        constexpr float most_gain = 0x1p40F;
         const scratch_parts to = scratch(memory, rows);
         const std::size_t each = tables_.places() * tables_.slots();
         for (std::size_t row = 0; row < rows; row += 4) {
-            float4 four = {1.0F, 1.0F, 1.0F, 1.0F};
-            for (std::size_t q = 0; q < std::min(rows - row, std::size_t{4}); ++q) {
-                four[q] = factors[row + q];
+            const std::size_t four = std::min(rows - row, std::size_t{4});
+            float4 shrink = {1.0F, 1.0F, 1.0F, 1.0F};
+            bool shrinks = false;
+            for (std::size_t q = 0; q < four; ++q) {
+                float& gain = to.gains[row + q];
+                const float grown = gain / factors[row + q];
+                const bool fits = grown <= most_gain;
+                shrink[q] = fits ? 1.0F : factors[row + q] / gain;
+                shrinks = shrinks || !fits;
+                gain = fits ? grown : 1.0F;
             }
-            for (std::size_t i = 0; i < each; ++i) {
-                to.bins[row / 4 * each + i] *= four;
+            for (std::size_t i = 0; shrinks && i < each; ++i) {
+                to.bins[row / 4 * each + i] *= shrink;
             }
         }
     }
@@ -368,6 +386,7 @@ private:
     struct scratch_parts {
         float4* bins;     // [rows / 4, places, slots]
         float4* weights;  // [token]: scaled, of four queries
+        float* gains;     // [row]: what sums are larger by
         std::size_t bytes;
     };
     [[nodiscard]] std::size_t bin_count(std::size_t rows) const noexcept {
@@ -378,6 +397,7 @@ private:
         scratch_parts parts{};
         parts.bins = dealer.take<float4>(bin_count(rows));
         parts.weights = dealer.take<float4>(detail::large_tables::most_tiles * tile_tokens);
+        parts.gains = dealer.take<float>(rows);
         parts.bytes = dealer.used();
         return parts;
     }
@@ -400,6 +420,11 @@ private:
                      shape.dim},
                     static_cast<const float*>(static_cast<const void*>(bins)), {1, 4}, shape.dim,
                     {out.data + row * out.stride + group * shape.dim, four, out.stride});
+            }
+        }
+        for (std::size_t row = 0; row < rows; ++row) {
+            for (std::size_t i = 0; i < tables_.source().head_dim(); ++i) {
+                out.data[row * out.stride + i] /= from.gains[row];
             }
         }
     }

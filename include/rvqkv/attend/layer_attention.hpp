@@ -68,8 +68,13 @@ public:
         }
         parts.mean = std::move(mean).value();
         std::copy(config.key_mean.begin(), config.key_mean.end(), parts.mean.data());
-        parts.key_tiles = std::make_unique<tile_key_reader>(tile_decoder(parts.key_codec, kernels));
-        parts.value_tiles = std::make_unique<tile_value_reader>(tile_decoder(parts.value_codec, kernels));
+        auto key_tiles = tile_decoder::create(parts.key_codec, kernels);
+        auto value_tiles = tile_decoder::create(parts.value_codec, kernels);
+        if (!key_tiles || !value_tiles) {
+            return error{error_code::out_of_memory, "out of memory"};
+        }
+        parts.key_tiles = std::make_unique<tile_key_reader>(std::move(key_tiles).value());
+        parts.value_tiles = std::make_unique<tile_value_reader>(std::move(value_tiles).value());
         if (status wrong = made.make_tables(); !wrong) {
             return wrong.error();
         }
@@ -163,9 +168,11 @@ private:
                 return tables.error();
             }
             parts_.key_tables = std::move(tables).value();
+            parts_.chunk_tokens = large_chunk_tokens;
         }
         if (large_value_tables::supports(parts_.value_codec->shape())) {
             parts_.value_tables = std::make_unique<large_value_tables>(parts_.value_codec, *parts_.kernels);
+            parts_.chunk_tokens = large_chunk_tokens;
         }
         return {};
     }

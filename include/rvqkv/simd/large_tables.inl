@@ -141,9 +141,11 @@ inline void with_bits(unsigned bits, Body&& body) {
         default: break;
     }
 }
-inline void prefetch_codes(const std::byte* codes, unsigned bits) {
+/// Fetches the tile's part of the row that is read next.
+inline void prefetch_codes(const code_rows& rows, std::size_t tile) {
+    const std::byte* const codes = rows.tiles[tile] + rows.next;
     __builtin_prefetch(codes);
-    __builtin_prefetch(codes + 8 * bits - 1);
+    __builtin_prefetch(codes + 8 * rows.bits - 1);
 }
 
 inline void add_entries(const code_rows& first, const std::uint64_t* first_entries, const code_rows& second,
@@ -152,8 +154,8 @@ inline void add_entries(const code_rows& first, const std::uint64_t* first_entri
         for (std::size_t tile = 0; tile < first.count; ++tile) {
             const std::byte* codes = first.tiles[tile] + first.row;
             const std::byte* more_codes = second.tiles[tile] + second.row;
-            prefetch_codes(first.tiles[tile] + first.next, bits);
-            prefetch_codes(second.tiles[tile] + second.next, bits);
+            prefetch_codes(first, tile);
+            prefetch_codes(second, tile);
             for (std::size_t eight = 0; eight < tile_tokens / 8; ++eight) {
                 std::uint64_t entries[8];
                 for_eight_codes<bits>(codes,
@@ -173,7 +175,7 @@ inline void add_weights(const code_rows& rows, const float4* weights, float4* bi
     with_bits(rows.bits, [&](auto bits) {
         for (std::size_t tile = 0; tile < rows.count; ++tile) {
             const std::byte* codes = rows.tiles[tile] + rows.row;
-            prefetch_codes(rows.tiles[tile] + rows.next, bits);
+            prefetch_codes(rows, tile);
             for (std::size_t eight = 0; eight < tile_tokens / 8; ++eight, codes += bits, weights += 8) {
                 for_eight_codes<bits>(codes, [&](std::size_t i, std::uint64_t code) { bins[code] += weights[i]; });
             }
