@@ -6,6 +6,7 @@
 
 #include "rvqkv/attend/attention_options.hpp"
 #include "rvqkv/attend/layer_config.hpp"
+#include "rvqkv/attend/mean_bias.hpp"
 #include "rvqkv/attend/page_layout.hpp"
 #include "rvqkv/attend/readers.hpp"
 #include "rvqkv/attend/rope.hpp"
@@ -45,6 +46,7 @@ struct attention_parts {
     tile_rope plain;  ///< For channels in the model's order.
     tile_rope coded;  ///< For channels in the key codec's order.
     aligned_buffer<float> mean;
+    mean_bias bias;
     std::shared_ptr<const codec> key_codec;
     std::shared_ptr<const codec> value_codec;
     std::unique_ptr<const tile_key_reader> key_tiles;
@@ -91,10 +93,8 @@ public:
         queries_ = dealer.take<float>(rows * parts.key_dim);
         based_ = dealer.take<float>(rows * parts.key_dim);
         grouped_ = dealer.take<float>(rows * parts.key_dim);
-        turned_ = dealer.take<float>(rows * std::max(parts.key_dim, 2 * pairs));
-        mean_terms_ = dealer.take<float>(rows * 2 * pairs);
-        mean_constants_ = dealer.take<float>(rows);
-        bias_ = dealer.take<float>(rows * tile_tokens);
+        turned_ = dealer.take<float>(rows * parts.key_dim);
+        bias_ = parts.mean.size() == 0 ? mean_bias::scratch() : mean_bias::scratch(parts.bias, rows, dealer);
         scores_ = dealer.take<float>(rows * stride_);
         tile_ = dealer.take<float>(tile_tokens * wide);
         sums_ = dealer.take<float>(rows * parts.value_dim);
@@ -161,7 +161,8 @@ private:
         }
         std::fill_n(sums_, rows_ * parts_.value_dim, 0.0F);
         if (parts_.mean.size() != 0) {
-            prepare_mean();
+            parts_.bias.prepare({queries_, rows_, parts_.key_dim}, parts_.mean.data() + head_ * parts_.key_dim,
+                                parts_.key_dim, parts_.plain, bias_);
         }
         filter_ = {parts_.window, options().causal};
         chunk_.begin(call_->runs, filter_, positions_[0], positions_[rows_ - 1]);
@@ -319,7 +320,7 @@ private:
             keys_->scores(tiles, rows_, out, stride_, key_scratch_);
         }
         if (parts_.mean.size() != 0) {
-            add_mean(out, positions, tiles.tiles.count);
+            parts_.bias.add(positions, tiles.tiles.count, rows_, parts_.plain, out, stride_, bias_);
         }
     }
 
@@ -330,50 +331,6 @@ private:
         if (parts_.key_tables != nullptr && parts_.coding != key_coding::before_rope &&
             parts_.key_tables->pays(rows_, chunk_.coded_tokens(chunk_.run_number(part), other_base))) {
             keys_ = parts_.key_tables.get();
-        }
-    }
-
-    // ---- The mean that was taken out of coded keys ----
-
-    /// <query, turn(mean, position)> is a sum over pairs of `a cos + b sin`, and a constant from channels not turned.
-    void prepare_mean() noexcept {
-        const std::size_t pairs = parts_.plain.angles();
-        const float* const mean = parts_.mean.data() + head_ * parts_.key_dim;
-        for (std::size_t row = 0; row < rows_; ++row) {
-            const float* const query = queries_ + row * parts_.key_dim;
-            float* const cosine_terms = mean_terms_ + row * 2 * pairs;
-            float* const sine_terms = cosine_terms + pairs;
-            float constant = 0.0F;
-            for (std::size_t i = 2 * pairs; i < parts_.key_dim; ++i) {  // turned ones come first, in any form of pairs
-                constant += query[i] * mean[i];
-            }
-            mean_constants_[row] = constant;
-            for (std::size_t pair = 0; pair < pairs; ++pair) {
-                const std::size_t first = parts_.plain.first_place(pair);
-                const std::size_t second = parts_.plain.second_place(pair);
-                cosine_terms[pair] = query[first] * mean[first] + query[second] * mean[second];
-                sine_terms[pair] = query[second] * mean[first] - query[first] * mean[second];
-            }
-        }
-    }
-    void add_mean(float* out, const std::int64_t* positions, std::size_t tiles) noexcept {
-        const std::size_t pairs = parts_.plain.angles();
-        const channel_pairs places = {0, pairs, 1, pairs, 0};
-        tile_rope::cursor cursor(parts_.plain, cursors_[2]);
-        std::fill_n(bias_, rows_ * tile_tokens, 0.0F);
-        for (std::size_t tile = 0; tile < tiles; ++tile, out += tile_tokens) {
-            if (pairs != 0) {
-                cursor.seek(positions[tile]);
-                std::memcpy(turned_, mean_terms_, rows_ * 2 * pairs * sizeof(float));
-                cursor.turn_back(turned_, rows_, 2 * pairs, &places, 1);
-                kernels_.attention.rows<float>().scores({parts_.plain.table(), tile_tokens, 2 * pairs},
-                                                        {turned_, rows_, 2 * pairs}, 2 * pairs, bias_, tile_tokens);
-            }
-            for (std::size_t row = 0; row < rows_; ++row) {
-                for (std::size_t i = 0; i < tile_tokens; ++i) {
-                    out[row * stride_ + i] += bias_[row * tile_tokens + i] + mean_constants_[row];
-                }
-            }
         }
     }
 
@@ -446,19 +403,17 @@ private:
 
     softmax_row* states_ = nullptr;
     std::int64_t* positions_ = nullptr;
-    float* queries_ = nullptr;         // [row, key_dim] in the model's order, scaled and turned
-    float* based_ = nullptr;           // ... turned back by `base_`
-    float* grouped_ = nullptr;         // ... in the codec's order
-    float* turned_ = nullptr;          // ... for one tile
-    float* mean_terms_ = nullptr;      // [row, 2 * pairs]
-    float* mean_constants_ = nullptr;  // [row]
-    float* bias_ = nullptr;            // [row, tile_tokens]
-    float* scores_ = nullptr;          // [row, slots]
+    float* queries_ = nullptr;  // [row, key_dim] in the model's order, scaled and turned
+    float* based_ = nullptr;    // ... turned back by `base_`
+    float* grouped_ = nullptr;  // ... in the codec's order
+    float* turned_ = nullptr;   // ... for one tile
+    mean_bias::scratch bias_;
+    float* scores_ = nullptr;  // [row, slots]
     float* tile_ = nullptr;
     float* sums_ = nullptr;        // [row, value_dim] of exact tokens
     float* coded_sums_ = nullptr;  // [row, value_dim] in the codec's order
     float* factors_ = nullptr;
-    std::byte* cursors_[3] = {};
+    std::byte* cursors_[2] = {};
     std::byte* key_scratch_ = nullptr;
     std::byte* value_scratch_ = nullptr;
 

@@ -67,6 +67,11 @@ public:
             return mean.error();
         }
         parts.mean = std::move(mean).value();
+        if (auto bias = mean_bias::create(parts.rope, parts.plain, kernels); bias) {
+            parts.bias = std::move(bias).value();
+        } else {
+            return bias.error();
+        }
         std::copy(config.key_mean.begin(), config.key_mean.end(), parts.mean.data());
         auto key_tiles = tile_decoder::create(parts.key_codec, kernels);
         auto value_tiles = tile_decoder::create(parts.value_codec, kernels);
@@ -89,7 +94,8 @@ public:
     [[nodiscard]] std::size_t bytes() const noexcept {
         const auto held = [](const auto& part) { return part == nullptr ? std::size_t{0} : part->bytes(); };
         return parts_.rope.bytes() + parts_.plain.bytes() + parts_.coded.bytes() + parts_.mean.bytes() +
-               held(parts_.key_tiles) + held(parts_.key_tables) + held(parts_.value_tiles) + held(parts_.value_tables);
+               parts_.bias.bytes() + held(parts_.key_tiles) + held(parts_.key_tables) + held(parts_.value_tiles) +
+               held(parts_.value_tables);
     }
 
     /// Makes room in a workspace for calls of up to so many query tokens by so many workers, which then allocate

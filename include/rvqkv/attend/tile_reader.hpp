@@ -85,26 +85,41 @@ public:
         }
     }
 
-    /// The codes of tile `tile`; fetches the next tile's from memory.
+    /// The codes of tile `tile`.
     void unpack(const coded_tiles& tiles, std::size_t tile, code_t* codes) const noexcept {
         const coded_layout& layout = *tiles.layout;
         const std::size_t bytes = std::size_t{8} * layout.bits();
         const page_tile& place = tiles.tiles.tiles[tile];
-        const bool has_next = tile + 1 < tiles.tiles.count + tiles.tiles.ahead;
-        const page_tile& next = tiles.tiles.tiles[has_next ? tile + 1 : tile];
         const bool may_exceed = codec_->shape().codewords < std::size_t{1} << layout.bits();
         for (std::size_t group = 0; group < codec_->groups(); ++group) {
             for (std::size_t depth = 0; depth < tiles.depths; ++depth, codes += tile_tokens) {
                 const std::size_t row = layout.row(depth, tiles.head, group);
                 kernels_->attention.unpack_tile(place.page + row + place.tile * bytes, layout.bits(), codes);
-                __builtin_prefetch(next.page + row + next.tile * bytes);
-                __builtin_prefetch(next.page + row + next.tile * bytes + bytes - 1);
                 if (may_exceed) {  // places that hold no token may hold anything
                     for (std::size_t i = 0; i < tile_tokens; ++i) {
                         codes[i] = std::min(codes[i], static_cast<code_t>(codec_->shape().codewords - 1));
                     }
                 }
             }
+        }
+    }
+
+    /// Fetches a part of the codes of the tile behind tile `tile` from memory: all of them, in the course of decoding
+    /// one.
+    void prefetch(const coded_tiles& tiles, std::size_t tile, std::size_t first) const noexcept {
+        if (tile + 1 >= tiles.tiles.count + tiles.tiles.ahead) {
+            return;
+        }
+        const coded_layout& layout = *tiles.layout;
+        const page_tile& next = tiles.tiles.tiles[tile + 1];
+        const std::size_t bytes = std::size_t{8} * layout.bits();
+        constexpr std::size_t parts = tile_tokens / part_rows;
+        const std::size_t rows = codec_->groups() * tiles.depths;
+        for (std::size_t i = first / part_rows; i < rows; i += parts) {
+            const std::byte* const codes =
+                next.page + layout.row(i / codec_->groups(), tiles.head, i % codec_->groups()) + next.tile * bytes;
+            __builtin_prefetch(codes);
+            __builtin_prefetch(codes + bytes - 1);
         }
     }
 
@@ -214,6 +229,7 @@ public:
             decoder_.unpack(tiles, tile, codes);
             decoder_.scales(tiles, tile, scales);
             for (std::size_t first = 0; first < tile_tokens; first += part, out += part) {
+                decoder_.prefetch(tiles, tile, first);
                 decoder_.decode(codes, tiles.depths, first, keys);
                 const row_block<const float> queries = adjust(tile, first, keys);
                 kernels.rows<float>().scores({keys, part, head_dim}, queries, head_dim, out, out_stride);
@@ -257,6 +273,7 @@ public:
                 kernels.multiply(scaled + row * tile_tokens, scales, tile_tokens);
             }
             for (std::size_t first = 0; first < tile_tokens; first += tile_decoder::part_rows) {
+                decoder_.prefetch(tiles, tile, first);
                 decoder_.decode(codes, tiles.depths, first, values);
                 kernels.rows<float>().add({values, tile_decoder::part_rows, head_dim()}, scaled + first,
                                           {tile_tokens, 1}, head_dim(), {sums, rows, head_dim()});

@@ -256,10 +256,10 @@ inline void unpack_tile(const std::byte* packed, unsigned bits, code_t* codes) {
                          _mm512_set1_epi32(0x10000));
     const __m512i shifts = _mm512_and_si512(begins, _mm512_set1_epi32(15));
     const __m512i ones = _mm512_set1_epi32((1 << bits) - 1);
-    const __mmask32 wanted = static_cast<__mmask32>((1U << bits) - 1U);
+    const __mmask16 wanted = static_cast<__mmask16>((1U << bits) - 1U);
     for (std::size_t first = 0; first < tile_tokens; first += 16, packed += std::size_t{2} * bits) {
-        const __m512i pairs =
-            _mm512_maskz_permutexvar_epi16(0xffffffffU, words, _mm512_maskz_loadu_epi16(wanted, packed));
+        const __m256i some = _mm256_maskz_loadu_epi16(wanted, packed);
+        const __m512i pairs = _mm512_maskz_permutexvar_epi16(0xffffffffU, words, _mm512_castsi256_si512(some));
         const __m512i shifted = _mm512_maskz_srlv_epi32(all, pairs, shifts);
         store(codes + first, _mm512_and_si512(shifted, ones));
     }

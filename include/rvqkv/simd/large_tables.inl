@@ -6,11 +6,12 @@ inline reg constant(float value) {
     return broadcast(&value);
 }
 
-/// One block of codewords and `Count` queries.
-template <int Count, class T>
+/// `Blocks` blocks of codewords and `Count` queries.
+template <int Blocks, int Count, class T>
 RVQKV_ALWAYS_INLINE void products_tile(const T* block, row_block<const float> queries, std::size_t dim, float* out,
                                        std::size_t out_stride) {
-    constexpr int parts = static_cast<int>(search_block) / lanes;
+    constexpr int each = static_cast<int>(search_block) / lanes;
+    constexpr int parts = Blocks * each;
     reg sums[Count][parts];
     RVQKV_UNROLL
     for (int q = 0; q < Count; ++q) {
@@ -23,7 +24,8 @@ RVQKV_ALWAYS_INLINE void products_tile(const T* block, row_block<const float> qu
         reg weights[parts];
         RVQKV_UNROLL
         for (int part = 0; part < parts; ++part) {
-            weights[part] = keep(load(block + part * lanes));
+            weights[part] =
+                keep(load(block + static_cast<std::size_t>(part / each) * dim * search_block + part % each * lanes));
         }
         RVQKV_UNROLL
         for (int q = 0; q < Count; ++q) {
@@ -46,18 +48,26 @@ RVQKV_ALWAYS_INLINE void products_tile(const T* block, row_block<const float> qu
 template <class T>
 inline void products(const T* codewords, std::size_t blocks, row_block<const float> queries, std::size_t dim,
                      float* out, std::size_t out_stride) {
-    for (std::size_t block = 0; block < blocks; ++block) {
-        const T* const from = codewords + block * dim * search_block;
-        float* const to = out + block * search_block;
-        row_block<const float> left = queries;
-        std::size_t q = 0;
-        for (; q + product_side <= queries.count; q += product_side, left.data += product_side * queries.stride) {
-            products_tile<product_side>(from, left, dim, to + q * out_stride, out_stride);
+    std::size_t block = 0;
+    // Sums enough for the multipliers' latency: of many queries at once, or of many codewords.
+    const auto tiles = [&](auto at_once, auto side) {
+        for (; block + at_once <= blocks; block += at_once) {
+            const T* const from = codewords + block * dim * search_block;
+            float* const to = out + block * search_block;
+            row_block<const float> left = queries;
+            std::size_t q = 0;
+            for (; q + side <= queries.count; q += side, left.data += side * queries.stride) {
+                products_tile<at_once, side>(from, left, dim, to + q * out_stride, out_stride);
+            }
+            for (; q < queries.count; ++q, left.data += queries.stride) {
+                products_tile<at_once, 1>(from, left, dim, to + q * out_stride, out_stride);
+            }
         }
-        for (; q < queries.count; ++q, left.data += queries.stride) {
-            products_tile<1>(from, left, dim, to + q * out_stride, out_stride);
-        }
+    };
+    if (queries.count < product_side && product_side > 4) {
+        tiles(std::integral_constant<int, 4>(), std::integral_constant<int, 4>());
     }
+    tiles(std::integral_constant<int, 1>(), std::integral_constant<int, product_side>());
 }
 
 /// For at least as many numbers as `search_block`, a multiple of it.
@@ -183,31 +193,52 @@ inline void add_weights(const code_rows& rows, const float4* weights, float4* bi
     });
 }
 
-/// `Registers` registers wide. A template in the type as well, for levels without such registers.
-template <int Registers, class Word>
-inline void decode_words_strip(float* x, std::size_t rows, std::size_t stride, const Word* weights,
-                               std::size_t depth_size, std::size_t dim, const code_t* codes, std::size_t depth_step,
-                               std::size_t depths) {
+/// `Rows` rows of `Registers` registers. A template in the type as well, for levels without such registers.
+template <int Rows, int Registers, class Word, class Dim>
+RVQKV_ALWAYS_INLINE void decode_words_tile(float* x, std::size_t stride, const Word* weights, std::size_t depth_size,
+                                           Dim dim, const code_t* codes, std::size_t depth_step, std::size_t depths) {
     constexpr std::size_t width = 2 * lanes;
-    for (std::size_t row = 0; row < rows; ++row, x += stride, ++codes) {
-        decltype(load(weights)) sums[Registers];
+    decltype(load(weights)) sums[Rows][Registers];
+    RVQKV_UNROLL
+    for (int row = 0; row < Rows; ++row) {
         RVQKV_UNROLL
         for (int w = 0; w < Registers; ++w) {
-            sums[w] = load(weights + codes[0] * dim + static_cast<std::size_t>(w) * width);
+            sums[row][w] = load(weights + codes[row] * dim + static_cast<std::size_t>(w) * width);
         }
-        const Word* from = weights;
-        for (std::size_t depth = 1; depth < depths; ++depth) {
-            from += depth_size;
-            const Word* const codeword = from + codes[depth * depth_step] * dim;
+    }
+    for (std::size_t depth = 1; depth < depths; ++depth) {
+        weights += depth_size;
+        codes += depth_step;
+        RVQKV_UNROLL
+        for (int row = 0; row < Rows; ++row) {
             RVQKV_UNROLL
             for (int w = 0; w < Registers; ++w) {
-                sums[w] = add_words(sums[w], load(codeword + static_cast<std::size_t>(w) * width));
+                const auto codeword = load(weights + codes[row] * dim + static_cast<std::size_t>(w) * width);
+                sums[row][w] = add_words(sums[row][w], codeword);
             }
         }
+    }
+    RVQKV_UNROLL
+    for (int row = 0; row < Rows; ++row) {
         RVQKV_UNROLL
         for (int w = 0; w < Registers; ++w) {
-            store_words(x + static_cast<std::size_t>(w) * width, sums[w]);
+            store_words(x + static_cast<std::size_t>(row) * stride + static_cast<std::size_t>(w) * width, sums[row][w]);
         }
+    }
+}
+template <int Registers, class Word, class Dim>
+inline void decode_words_strip(float* x, std::size_t rows, std::size_t stride, const Word* weights,
+                               std::size_t depth_size, Dim dim, const code_t* codes, std::size_t depth_step,
+                               std::size_t depths) {
+    constexpr int at_once = 8 / Registers;
+    std::size_t row = 0;
+    for (; row + at_once <= rows; row += at_once) {
+        decode_words_tile<at_once, Registers>(x + row * stride, stride, weights, depth_size, dim, codes + row,
+                                              depth_step, depths);
+    }
+    for (; row < rows; ++row) {
+        decode_words_tile<1, Registers>(x + row * stride, stride, weights, depth_size, dim, codes + row, depth_step,
+                                        depths);
     }
 }
 template <class Word>
@@ -216,12 +247,20 @@ inline void decode_words(float* x, std::size_t rows, std::size_t stride, const W
     std::size_t j = 0;
     if constexpr (has_words) {
         constexpr std::size_t width = 2 * lanes;
-        for (; j + 2 * width <= dim; j += 2 * width) {
-            decode_words_strip<2>(x + j, rows, stride, weights + j, codewords * dim, dim, codes, depth_step, depths);
-        }
-        for (; j + width <= dim; j += width) {
-            decode_words_strip<1>(x + j, rows, stride, weights + j, codewords * dim, dim, codes, depth_step, depths);
-        }
+        const auto strips = [&](auto registers) {
+            for (; j + registers * width <= dim; j += registers * width) {
+                if (dim == registers * width) {
+                    decode_words_strip<registers>(x, rows, stride, weights, codewords * dim,
+                                                  std::integral_constant<std::size_t, registers * width>(), codes,
+                                                  depth_step, depths);
+                } else {
+                    decode_words_strip<registers>(x + j, rows, stride, weights + j, codewords * dim, dim, codes,
+                                                  depth_step, depths);
+                }
+            }
+        };
+        strips(std::integral_constant<int, 2>());
+        strips(std::integral_constant<int, 1>());
     }
     for (std::size_t row = 0; row < rows; ++row) {
         for (std::size_t tail = j; tail < dim; ++tail) {
