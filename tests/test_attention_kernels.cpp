@@ -49,7 +49,7 @@ TEMPLATE_TEST_CASE("attention_kernels: scores and sums of rows, of any shape", "
             kernels.scores({keys.data(), rows, stride}, {query.data(), queries, query_stride}, dim, scores.data(),
                            out_stride);
             std::vector<float> sums(queries * query_stride, 1.0F);
-            kernels.add({keys.data(), rows, stride}, weights.data(), out_stride, dim,
+            kernels.add({keys.data(), rows, stride}, weights.data(), {out_stride, 1}, dim,
                         {sums.data(), queries, query_stride});
             double worst = 0.0;
             bool beside = scores.back() < 99.0F;

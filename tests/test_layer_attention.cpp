@@ -442,3 +442,32 @@ TEST_CASE("layer_attention: refuses what does not fit", "[attend][unit]") {
     REQUIRE_FALSE(few.ok());
     CHECK(few.error().message == "log_sum_exp has 3 places, must have one for each of 4 queries");
 }
+
+TEST_CASE("layer_attention: large codebooks, through tables and without", "[attend][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(20);
+    for (std::size_t round = 0; round < 6; ++round) {
+        rvqkv::kv_layer_config config;
+        rvqkv::codec_spec keys = spec_of(32, {3, round % 2 == 0 ? std::size_t{2048} : std::size_t{300}, 8});
+        rvqkv::codec_spec values = spec_of(48, {2, round % 2 == 0 ? std::size_t{1000} : std::size_t{2048}, 16});
+        keys.weight_type = static_cast<rvqkv::dtype>(round % 3);
+        values.weight_type = static_cast<rvqkv::dtype>((round + 1) % 3);
+        values.scale = round == 0 ? rvqkv::scale_kind::none : rvqkv::scale_kind::rms;
+        config.keys = {test::random_codec(random, keys), 1};
+        config.values = {test::random_codec(random, values), 1};
+        config.query_heads = 1 + 2 * (round % 4);
+        config.coding = all_codings[round % 4];
+        config.rope.base = 500.0;
+        CAPTURE(round, static_cast<int>(config.coding));
+        test::layer_pages pages(config, 30 + round);
+        std::int64_t position = 0;
+        for (const std::size_t count : {std::size_t{2500}, std::size_t{3100}, std::size_t{1}, std::size_t{4200}}) {
+            const std::size_t page_tokens = (count + 163) / 64 * 64;
+            const std::int64_t base = count == 1 ? 50 : 0;  // tables are made anew behind it
+            pages.add_coded(page_tokens, 70, count, position, position - base, count == 3100 ? 2 : 3, 2);
+            position += static_cast<std::int64_t>(count);
+        }
+        pages.add_exact(64, 0, 50, rvqkv::dtype::float16, position, position);
+        check_attention(pages, 1, position + 50);
+    }
+}

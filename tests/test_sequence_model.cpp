@@ -387,32 +387,30 @@ private:
 
     void step(pair_of_both& both) {
         const std::size_t choice = random_.integer(0, 99);
-        if (choice < 55) {
-            append(both);
-        } else if (choice < 63) {
+        if (choice < 8) {
             truncate(both);
-        } else if (choice < 70) {
+        } else if (choice < 15) {
             evict(both);
-        } else if (choice < 76) {
+        } else if (choice < 21) {
             fork(both);
-        } else if (choice < 80) {
+        } else if (choice < 25) {
             demote(both);
-        } else if (choice < 83) {
+        } else if (choice < 28) {
             demote_to(both);
-        } else if (choice < 86) {
+        } else if (choice < 31) {
             const std::size_t tokens = random_.integer(0, most_tokens);
             (void)attempt([&] { return both.real.reserve(tokens); });
-        } else if (choice < 88) {
+        } else if (choice < 33) {
             both.real.release_spare_pages();
-        } else if (choice == 88) {
+        } else if (choice == 33) {
             both.real.clear();
             for (std::vector<token>& tokens : both.model) {
                 tokens.clear();
             }
-        } else if (choice == 89) {
+        } else if (choice == 34) {
             kv_sequence moved = std::move(both.real);
             both.real = std::move(moved);
-        } else if (choice == 90) {
+        } else if (choice == 35) {
             cache_->release_free_pages();
         } else {
             append(both);

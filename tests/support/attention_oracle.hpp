@@ -99,6 +99,21 @@ public:
         add(std::move(format), std::move(page), keys, values, first, count, position, coded_position);
     }
 
+    /// A weight as it is stored.
+    static double weight(const rvqkv::codec& codec, std::size_t i) {
+        const std::byte* const from = codec.weights().data() + i * size_of(codec.weight_type());
+        if (codec.weight_type() == rvqkv::dtype::float32) {
+            float number = 0;
+            std::memcpy(&number, from, sizeof(number));
+            return static_cast<double>(number);
+        }
+        std::uint16_t bits = 0;
+        std::memcpy(&bits, from, sizeof(bits));
+        return static_cast<double>(codec.weight_type() == rvqkv::dtype::float16
+                                       ? rvqkv::to_float(rvqkv::float16{bits})
+                                       : rvqkv::to_float(rvqkv::bfloat16{bits}));
+    }
+
 private:
     using rows = std::vector<std::vector<std::vector<double>>>;  // [token][head][channel], as stored
 
@@ -161,20 +176,6 @@ private:
         return static_cast<double>(rvqkv::to_float(half));
     }
 
-    static double weight(const rvqkv::codec& codec, std::size_t i) {
-        const std::byte* const from = codec.weights().data() + i * size_of(codec.weight_type());
-        if (codec.weight_type() == rvqkv::dtype::float32) {
-            float number = 0;
-            std::memcpy(&number, from, sizeof(number));
-            return static_cast<double>(number);
-        }
-        std::uint16_t bits = 0;
-        std::memcpy(&bits, from, sizeof(bits));
-        return static_cast<double>(codec.weight_type() == rvqkv::dtype::float16
-                                       ? rvqkv::to_float(rvqkv::float16{bits})
-                                       : rvqkv::to_float(rvqkv::bfloat16{bits}));
-    }
-
     /// From the state in which a key is stored to what the query meets.
     [[nodiscard]] std::vector<double> as_met(std::vector<double> key, std::size_t head, bool is_exact,
                                              std::int64_t position, std::int64_t coded_position) const {
@@ -234,6 +235,29 @@ struct attention_answer {
     double score_tolerance = 0.0;     ///< Of `log_sum_exp`.
 };
 
+/// By how much a channel may be off that is reconstructed from a large codebook rounded to 16 bits, at a scale of 1.5,
+/// and the sum of each depth's largest weight.
+struct codec_rounding {
+    double channel = 0.0;
+    double reach = 0.0;
+};
+[[nodiscard]] inline codec_rounding rounding_of(const rvqkv::codec& codec) {
+    codec_rounding rounding;
+    if (codec.shape().codewords <= 256) {
+        return rounding;
+    }
+    const std::size_t depth_size = codec.shape().codewords * codec.shape().dim;
+    for (std::size_t depth = 0; depth < codec.depths(); ++depth) {
+        double most = 0.0;
+        for (std::size_t i = 0; i < depth_size; ++i) {
+            most = std::max(most, std::fabs(layer_pages::weight(codec, depth * depth_size + i)));
+        }
+        rounding.reach += most;
+    }
+    rounding.channel = 1.5 * 0.5 * static_cast<double>(codec.depths()) * rounding.reach / 32000.0;
+    return rounding;
+}
+
 /// `queries` `[query token][query head][channel]`.
 [[nodiscard]] inline attention_answer oracle_attention(const layer_pages& pages, const std::vector<float>& queries,
                                                        std::size_t query_tokens, std::int64_t first_position,
@@ -247,6 +271,7 @@ struct attention_answer {
         options.scale != 0.0F ? static_cast<double>(options.scale) : 1.0 / std::sqrt(static_cast<double>(key_dim));
     attention_answer answer;
     double largest_product = 0.0;
+    double largest_query = 0.0;  // sum of magnitudes
     double largest_value = 0.0;
     for (std::size_t t = 0; t < query_tokens; ++t) {
         const std::int64_t position = first_position + static_cast<std::int64_t>(t);
@@ -256,6 +281,11 @@ struct attention_answer {
             if (config.coding != rvqkv::key_coding::as_given && !config.turned_input) {
                 turn_row(config.rope, query, position, true);
             }
+            double magnitude = 0.0;
+            for (const double number : query) {
+                magnitude += std::fabs(number) * scale;
+            }
+            largest_query = std::max(largest_query, magnitude);
             std::vector<double> scores;
             std::vector<const layer_pages::token*> seen;
             for (const layer_pages::token& token : pages.tokens()) {
@@ -311,7 +341,14 @@ struct attention_answer {
     // roundings of the sum of magnitudes. The result moves by twice a score's error at most.
     answer.score_tolerance = 32.0 * 0x1p-24 * (1.0 + largest_product) +
                              (options.soft_cap > 0.0F ? static_cast<double>(options.soft_cap) * 0x1p-22 : 0.0);
-    answer.tolerance = 2.0 * answer.score_tolerance * std::max(1.0, largest_value);
+    // Large codebooks are read rounded: channel by channel, or as tables of up to two times a query's magnitude for
+    // each depth, added up with a step of 1/65000 of all ranges.
+    const codec_rounding keys = rounding_of(*config.keys.codec);
+    const double places = static_cast<double>(config.keys.codec->depths() * config.keys.codec->groups());
+    answer.score_tolerance +=
+        largest_query * std::max(std::sqrt(2.0) * keys.channel, 1.5 * places * 0.5 * 2.0 * keys.reach / 65000.0);
+    const double values = rounding_of(*config.values.codec).channel;
+    answer.tolerance = values + 2.0 * answer.score_tolerance * std::max(1.0, largest_value);
     return answer;
 }
 

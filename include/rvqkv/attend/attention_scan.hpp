@@ -6,6 +6,7 @@
 
 #include "rvqkv/attend/attention_options.hpp"
 #include "rvqkv/attend/layer_config.hpp"
+#include "rvqkv/attend/mean_bias.hpp"
 #include "rvqkv/attend/page_layout.hpp"
 #include "rvqkv/attend/readers.hpp"
 #include "rvqkv/attend/rope.hpp"
@@ -38,12 +39,14 @@ struct attention_parts {
     std::size_t key_dim = 0;
     std::size_t value_dim = 0;
     std::size_t window = 0;
+    std::size_t chunk_tokens = 4096;
     key_coding coding = key_coding::as_given;
     bool turned_input = true;
     rvqkv::rope rope;
     tile_rope plain;  ///< For channels in the model's order.
     tile_rope coded;  ///< For channels in the key codec's order.
     aligned_buffer<float> mean;
+    mean_bias bias;
     std::shared_ptr<const codec> key_codec;
     std::shared_ptr<const codec> value_codec;
     std::unique_ptr<const tile_key_reader> key_tiles;
@@ -78,7 +81,8 @@ public:
         : parts_(parts),
           kernels_(*parts.kernels),
           most_(rows),
-          slots_(slots_for(rows)),
+          slots_(slots_for(parts, rows)),
+          stride_(slots_ + token_chunk::least_slots),
           dealer_(memory),
           chunk_(slots_, dealer_) {
         scratch_dealer& dealer = dealer_;
@@ -89,11 +93,9 @@ public:
         queries_ = dealer.take<float>(rows * parts.key_dim);
         based_ = dealer.take<float>(rows * parts.key_dim);
         grouped_ = dealer.take<float>(rows * parts.key_dim);
-        turned_ = dealer.take<float>(rows * std::max(parts.key_dim, 2 * pairs));
-        mean_terms_ = dealer.take<float>(rows * 2 * pairs);
-        mean_constants_ = dealer.take<float>(rows);
-        bias_ = dealer.take<float>(rows * tile_tokens);
-        scores_ = dealer.take<float>(rows * slots_);
+        turned_ = dealer.take<float>(rows * parts.key_dim);
+        bias_ = parts.mean.size() == 0 ? mean_bias::scratch() : mean_bias::scratch(parts.bias, rows, dealer);
+        scores_ = dealer.take<float>(rows * stride_);
         tile_ = dealer.take<float>(tile_tokens * wide);
         sums_ = dealer.take<float>(rows * parts.value_dim);
         coded_sums_ = dealer.take<float>(rows * parts.value_dim);
@@ -127,8 +129,10 @@ public:
 private:
     static constexpr std::int64_t no_base = std::numeric_limits<std::int64_t>::min();
 
-    static std::size_t slots_for(std::size_t rows) noexcept {
-        return std::clamp(std::size_t{16384} / rows / tile_tokens * tile_tokens, std::size_t{512}, std::size_t{4096});
+    /// A chunk's scores fit into the second cache; more tokens where each chunk goes through large tables.
+    static std::size_t slots_for(const attention_parts& parts, std::size_t rows) noexcept {
+        const std::size_t most = parts.chunk_tokens;
+        return std::clamp(4 * most / rows / tile_tokens * tile_tokens, std::size_t{512}, most);
     }
 
     [[nodiscard]] const attention_options& options() const noexcept { return *call_->options; }
@@ -137,7 +141,7 @@ private:
     }
     [[nodiscard]] std::size_t query_token(std::size_t row) const noexcept { return (first_row_ + row) / parts_.group; }
     [[nodiscard]] float* scores(std::size_t row, const chunk_piece& part) const noexcept {
-        return scores_ + row * slots_ + part.slot;
+        return scores_ + row * stride_ + part.slot;
     }
 
     void begin() noexcept {
@@ -157,10 +161,12 @@ private:
         }
         std::fill_n(sums_, rows_ * parts_.value_dim, 0.0F);
         if (parts_.mean.size() != 0) {
-            prepare_mean();
+            parts_.bias.prepare({queries_, rows_, parts_.key_dim}, parts_.mean.data() + head_ * parts_.key_dim,
+                                parts_.key_dim, parts_.plain, bias_);
         }
         filter_ = {parts_.window, options().causal};
         chunk_.begin(call_->runs, filter_, positions_[0], positions_[rows_ - 1]);
+        is_first_ = true;
         base_ = no_base;
         keys_ = nullptr;
         values_ = parts_.value_tiles.get();
@@ -262,19 +268,19 @@ private:
         const std::size_t dim = parts_.key_dim;
         if (parts_.coding != key_coding::before_rope) {
             kernels_.attention.rows<T>().scores({keys, part.tokens, dim}, {based_, rows_, dim}, dim, scores(0, part),
-                                                slots_);
+                                                stride_);
             return;
         }
         tile_rope::cursor cursor(parts_.plain, cursors_[0]);
         for (std::size_t first = 0; first < part.tokens; first += tile_tokens) {
             const std::size_t count = std::min(tile_tokens, part.tokens - first);
             convert(keys + first * dim, tile_, count * dim, kernels_);
-            parts_.plain.turn(tile_, count, dim);
+            parts_.plain.turn(tile_, count, dim, 0);
             cursor.seek(part.position() + static_cast<std::int64_t>(first));
             std::memcpy(turned_, queries_, rows_ * dim * sizeof(float));
             cursor.turn_back(turned_, rows_, dim);
             kernels_.attention.rows<float>().scores({tile_, count, dim}, {turned_, rows_, dim}, dim,
-                                                    scores(0, part) + first, slots_);
+                                                    scores(0, part) + first, stride_);
         }
     }
     template <class T>
@@ -300,19 +306,21 @@ private:
         }
         if (parts_.coding == key_coding::before_rope) {
             tile_rope::cursor cursor(parts_.coded, cursors_[1]);
-            const auto turn = [&](std::size_t tile, float* rows) {
-                parts_.coded.turn(rows, tile_tokens, dim);
-                cursor.seek(positions[tile]);
-                std::memcpy(turned_, grouped_, rows_ * dim * sizeof(float));
-                cursor.turn_back(turned_, rows_, dim);
+            const auto turn = [&](std::size_t tile, std::size_t at, float* rows) {
+                parts_.coded.turn(rows, tile_decoder::part_rows, dim, at);
+                if (at == 0) {
+                    cursor.seek(positions[tile]);
+                    std::memcpy(turned_, grouped_, rows_ * dim * sizeof(float));
+                    cursor.turn_back(turned_, rows_, dim);
+                }
                 return row_block<const float>{turned_, rows_, dim};
             };
-            parts_.key_tiles->scores(tiles, turn, out, slots_, key_scratch_);
+            parts_.key_tiles->scores(tiles, turn, out, stride_, key_scratch_);
         } else {
-            keys_->scores(tiles, rows_, out, slots_, key_scratch_);
+            keys_->scores(tiles, rows_, out, stride_, key_scratch_);
         }
         if (parts_.mean.size() != 0) {
-            add_mean(out, positions, tiles.tiles.count);
+            parts_.bias.add(positions, tiles.tiles.count, rows_, parts_.plain, out, stride_, bias_);
         }
     }
 
@@ -326,71 +334,28 @@ private:
         }
     }
 
-    // ---- The mean that was taken out of coded keys ----
-
-    /// <query, turn(mean, position)> is a sum over pairs of `a cos + b sin`, and a constant from channels not turned.
-    void prepare_mean() noexcept {
-        const std::size_t pairs = parts_.plain.angles();
-        const float* const mean = parts_.mean.data() + head_ * parts_.key_dim;
-        for (std::size_t row = 0; row < rows_; ++row) {
-            const float* const query = queries_ + row * parts_.key_dim;
-            float* const cosine_terms = mean_terms_ + row * 2 * pairs;
-            float* const sine_terms = cosine_terms + pairs;
-            float constant = 0.0F;
-            for (std::size_t i = 2 * pairs; i < parts_.key_dim; ++i) {  // turned ones come first, in any form of pairs
-                constant += query[i] * mean[i];
-            }
-            mean_constants_[row] = constant;
-            for (std::size_t pair = 0; pair < pairs; ++pair) {
-                const std::size_t first = parts_.plain.first_place(pair);
-                const std::size_t second = parts_.plain.second_place(pair);
-                cosine_terms[pair] = query[first] * mean[first] + query[second] * mean[second];
-                sine_terms[pair] = query[second] * mean[first] - query[first] * mean[second];
-            }
-        }
-    }
-    void add_mean(float* out, const std::int64_t* positions, std::size_t tiles) noexcept {
-        const std::size_t pairs = parts_.plain.angles();
-        const channel_pairs places = {0, pairs, 1, pairs, 0};
-        tile_rope::cursor cursor(parts_.plain, cursors_[2]);
-        std::fill_n(bias_, rows_ * tile_tokens, 0.0F);
-        for (std::size_t tile = 0; tile < tiles; ++tile, out += tile_tokens) {
-            if (pairs != 0) {
-                cursor.seek(positions[tile]);
-                std::memcpy(turned_, mean_terms_, rows_ * 2 * pairs * sizeof(float));
-                cursor.turn_back(turned_, rows_, 2 * pairs, &places, 1);
-                kernels_.attention.rows<float>().scores({parts_.plain.table(), tile_tokens, 2 * pairs},
-                                                        {turned_, rows_, 2 * pairs}, 2 * pairs, bias_, tile_tokens);
-            }
-            for (std::size_t row = 0; row < rows_; ++row) {
-                for (std::size_t i = 0; i < tile_tokens; ++i) {
-                    out[row * slots_ + i] += bias_[row * tile_tokens + i] + mean_constants_[row];
-                }
-            }
-        }
-    }
-
     // ---- Softmax and values ----
 
     /// The scores of the chunk become weights, and its values are added.
     void weigh() noexcept {
         bool rescaled = false;
         for (std::size_t row = 0; row < rows_; ++row) {
-            factors_[row] = states_[row].add(scores_ + row * slots_, chunk_.slots(), kernels_);
+            factors_[row] = states_[row].add(scores_ + row * stride_, chunk_.slots(), kernels_);
             rescaled = rescaled || factors_[row] != 1.0F;
         }
-        if (rescaled) {
+        if (rescaled && !is_first_) {
             for (std::size_t i = 0; i < rows_ * parts_.value_dim; ++i) {
                 sums_[i] *= factors_[i / parts_.value_dim];
             }
             values_->rescale(factors_, rows_, value_scratch_);
         }
+        is_first_ = false;
         const std::span<const chunk_piece> pieces = chunk_.pieces();
         for (std::size_t i = 0; i < pieces.size();) {
             const std::size_t end = chunk_.group_end(i, [](const page_run&, const page_run&) { return true; });
             const page_format& format = *pieces[i].run->format;
             if (!format.is_exact) {
-                values_->add(tiles_of(i, end, format.coded_values), rows_, scores(0, pieces[i]), slots_,
+                values_->add(tiles_of(i, end, format.coded_values), rows_, scores(0, pieces[i]), stride_,
                              value_scratch_);
             } else if (format.exact_values.type() == dtype::float16) {
                 add_exact<float16>(pieces[i]);
@@ -403,7 +368,7 @@ private:
     template <class T>
     void add_exact(const chunk_piece& part) noexcept {
         const T* const values = exact_rows<T>(part, part.run->format->exact_values);
-        kernels_.attention.rows<T>().add({values, part.tokens, parts_.value_dim}, scores(0, part), slots_,
+        kernels_.attention.rows<T>().add({values, part.tokens, parts_.value_dim}, scores(0, part), {stride_, 1},
                                          parts_.value_dim, {sums_, rows_, parts_.value_dim});
     }
 
@@ -432,24 +397,23 @@ private:
     const kernel_table& kernels_;
     std::size_t most_;
     std::size_t slots_;
+    std::size_t stride_;  // of rows of scores: no power of two, which would crowd a part of the cache
     scratch_dealer dealer_;
     token_chunk chunk_;
 
     softmax_row* states_ = nullptr;
     std::int64_t* positions_ = nullptr;
-    float* queries_ = nullptr;         // [row, key_dim] in the model's order, scaled and turned
-    float* based_ = nullptr;           // ... turned back by `base_`
-    float* grouped_ = nullptr;         // ... in the codec's order
-    float* turned_ = nullptr;          // ... for one tile
-    float* mean_terms_ = nullptr;      // [row, 2 * pairs]
-    float* mean_constants_ = nullptr;  // [row]
-    float* bias_ = nullptr;            // [row, tile_tokens]
-    float* scores_ = nullptr;          // [row, slots]
+    float* queries_ = nullptr;  // [row, key_dim] in the model's order, scaled and turned
+    float* based_ = nullptr;    // ... turned back by `base_`
+    float* grouped_ = nullptr;  // ... in the codec's order
+    float* turned_ = nullptr;   // ... for one tile
+    mean_bias::scratch bias_;
+    float* scores_ = nullptr;  // [row, slots]
     float* tile_ = nullptr;
     float* sums_ = nullptr;        // [row, value_dim] of exact tokens
     float* coded_sums_ = nullptr;  // [row, value_dim] in the codec's order
     float* factors_ = nullptr;
-    std::byte* cursors_[3] = {};
+    std::byte* cursors_[2] = {};
     std::byte* key_scratch_ = nullptr;
     std::byte* value_scratch_ = nullptr;
 
@@ -458,6 +422,7 @@ private:
     std::size_t first_row_ = 0;
     std::size_t rows_ = 0;
     token_filter filter_;
+    bool is_first_ = true;  // whether nothing was summed yet
     std::int64_t base_ = no_base;
     const key_reader* keys_ = nullptr;  // prepared for `grouped_`; null: none yet
     const value_reader* values_ = nullptr;

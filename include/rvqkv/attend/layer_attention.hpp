@@ -5,6 +5,7 @@
 
 #include "rvqkv/attend/attention_options.hpp"
 #include "rvqkv/attend/attention_scan.hpp"
+#include "rvqkv/attend/large_tables.hpp"
 #include "rvqkv/attend/layer_config.hpp"
 #include "rvqkv/attend/page_layout.hpp"
 #include "rvqkv/attend/tile_reader.hpp"
@@ -66,9 +67,22 @@ public:
             return mean.error();
         }
         parts.mean = std::move(mean).value();
+        if (auto bias = mean_bias::create(parts.rope, parts.plain, kernels); bias) {
+            parts.bias = std::move(bias).value();
+        } else {
+            return bias.error();
+        }
         std::copy(config.key_mean.begin(), config.key_mean.end(), parts.mean.data());
-        parts.key_tiles = std::make_unique<tile_key_reader>(tile_decoder(parts.key_codec, kernels));
-        parts.value_tiles = std::make_unique<tile_value_reader>(tile_decoder(parts.value_codec, kernels));
+        auto key_tiles = tile_decoder::create(parts.key_codec, kernels);
+        auto value_tiles = tile_decoder::create(parts.value_codec, kernels);
+        if (!key_tiles || !value_tiles) {
+            return error{error_code::out_of_memory, "out of memory"};
+        }
+        parts.key_tiles = std::make_unique<tile_key_reader>(std::move(key_tiles).value());
+        parts.value_tiles = std::make_unique<tile_value_reader>(std::move(value_tiles).value());
+        if (status wrong = made.make_tables(); !wrong) {
+            return wrong.error();
+        }
         return made;
     }
 
@@ -80,7 +94,8 @@ public:
     [[nodiscard]] std::size_t bytes() const noexcept {
         const auto held = [](const auto& part) { return part == nullptr ? std::size_t{0} : part->bytes(); };
         return parts_.rope.bytes() + parts_.plain.bytes() + parts_.coded.bytes() + parts_.mean.bytes() +
-               held(parts_.key_tiles) + held(parts_.key_tables) + held(parts_.value_tiles) + held(parts_.value_tables);
+               parts_.bias.bytes() + held(parts_.key_tiles) + held(parts_.key_tables) + held(parts_.value_tiles) +
+               held(parts_.value_tables);
     }
 
     /// Makes room in a workspace for calls of up to so many query tokens by so many workers, which then allocate
@@ -148,6 +163,23 @@ private:
         parts_.rope = std::move(turned).value();
         parts_.plain = std::move(plain).value();
         parts_.coded = std::move(coded).value();
+        return {};
+    }
+
+    /// The quicker readers that there are for the codecs' shapes.
+    [[nodiscard]] status make_tables() {
+        if (large_key_tables::supports(parts_.key_codec->shape()) && parts_.coding != key_coding::before_rope) {
+            auto tables = large_key_tables::create(parts_.key_codec, *parts_.kernels);
+            if (!tables) {
+                return tables.error();
+            }
+            parts_.key_tables = std::move(tables).value();
+            parts_.chunk_tokens = large_chunk_tokens;
+        }
+        if (large_value_tables::supports(parts_.value_codec->shape())) {
+            parts_.value_tables = std::make_unique<large_value_tables>(parts_.value_codec, *parts_.kernels);
+            parts_.chunk_tokens = large_chunk_tokens;
+        }
         return {};
     }
 

@@ -44,7 +44,8 @@ struct kv_layer_config {
     std::vector<float> key_mean = {};
     std::size_t block_tokens = 1024;  ///< For `block_relative`.
     /// The layer whose keys and values this one reads, too, instead of having its own: an earlier one. The rest of the
-    /// configuration is that one's then, and here only `query_heads` and `sliding_window` may be set.
+    /// configuration is that one's then, and here only `query_heads` and `sliding_window` may be set, the window no
+    /// wider than that one's.
     std::size_t shares_layer = no_layer;
     static constexpr std::size_t no_layer = std::numeric_limits<std::size_t>::max();
 

@@ -6,13 +6,17 @@
 
 #include "rvqkv/attend/page_layout.hpp"
 #include "rvqkv/attend/readers.hpp"
+#include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/config.hpp"
+#include "rvqkv/core/error.hpp"
 #include "rvqkv/core/half.hpp"
 #include "rvqkv/quantize/codec.hpp"
 #include "rvqkv/simd/kernels.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 #include <memory>
 #include <utility>
@@ -20,18 +24,48 @@
 RVQKV_NAMESPACE_BEGIN
 
 /// Unpacks and decodes tiles of one codec.
+/// Numerics: float32 sums of codewords; for codebooks too large for the nearest caches, of codewords rounded to 16
+/// bits,
+///           by 1/65534 of the range that a sum can have.
 class tile_decoder {
 public:
-    explicit tile_decoder(std::shared_ptr<const codec> source, const kernel_table& kernels = best_kernels()) noexcept
-        : codec_(std::move(source)), kernels_(&kernels) {}
+    /// Rows that are decoded at a time: they stay in the nearest cache.
+    static constexpr std::size_t part_rows = 16;
+
+    /// Errors: `out_of_memory`.
+    [[nodiscard]] static result<tile_decoder> create(std::shared_ptr<const codec> source, const kernel_table& kernels) {
+        tile_decoder made;
+        made.codec_ = std::move(source);
+        made.kernels_ = &kernels;
+        if (made.codec_->shape().codewords > most_exact_codewords) {
+            auto words = aligned_buffer<std::int16_t>::allocate(made.codec_->shape().size());
+            if (!words) {
+                return words.error();
+            }
+            made.words_ = std::move(words).value();
+            made.round_weights();
+        }
+        return made;
+    }
 
     [[nodiscard]] const codec& source() const noexcept { return *codec_; }
     [[nodiscard]] const kernel_table& kernels() const noexcept { return *kernels_; }
-    /// Codes that `rows` needs room for.
-    [[nodiscard]] std::size_t code_count() const noexcept { return codec_->depths() * tile_tokens; }
+    [[nodiscard]] std::size_t bytes() const noexcept { return words_.bytes(); }
+    /// Codes of a tile: `[group, depth, tile_tokens]`.
+    [[nodiscard]] std::size_t code_count() const noexcept { return codec_->groups() * codec_->depths() * tile_tokens; }
 
-    /// The scales of tile `tile` (1 where the codec stores none), `[tile_tokens]`.
+    /// What rows of tile `tile` are to be multiplied by, `[tile_tokens]`.
     void scales(const coded_tiles& tiles, std::size_t tile, float* out) const noexcept {
+        load_scales(tiles, tile, *kernels_, out);
+        if (words_.size() != 0) {
+            for (std::size_t i = 0; i < tile_tokens; ++i) {
+                out[i] *= step_;
+            }
+        }
+    }
+    /// The stored scales, `[tile_tokens]`; 1 where there are none.
+    static void load_scales(const coded_tiles& tiles, std::size_t tile, const kernel_table& kernels,
+                            float* out) noexcept {
         const coded_layout& layout = *tiles.layout;
         if (!layout.has_scales()) {
             std::fill_n(out, tile_tokens, 1.0F);
@@ -43,53 +77,119 @@ public:
         switch (layout.scale_type()) {
             case dtype::float32: std::memcpy(out, from, tile_tokens * sizeof(float)); break;
             case dtype::float16:
-                kernels_->from_float16(static_cast<const float16*>(static_cast<const void*>(from)), out, tile_tokens);
+                kernels.from_float16(static_cast<const float16*>(static_cast<const void*>(from)), out, tile_tokens);
                 break;
             case dtype::bfloat16:
-                kernels_->from_bfloat16(static_cast<const bfloat16*>(static_cast<const void*>(from)), out, tile_tokens);
+                kernels.from_bfloat16(static_cast<const bfloat16*>(static_cast<const void*>(from)), out, tile_tokens);
                 break;
         }
     }
 
-    /// The tokens of tile `tile` as rows `[tile_tokens, head_dim]`, channels in the codec's order, without scales.
-    /// `codes` has room for `code_count()`.
-    void rows(const coded_tiles& tiles, std::size_t tile, code_t* codes, float* out) const noexcept {
-        const codebook_shape& shape = codec_->shape();
-        const page_tile& place = tiles.tiles.tiles[tile];
+    /// The codes of tile `tile`.
+    void unpack(const coded_tiles& tiles, std::size_t tile, code_t* codes) const noexcept {
         const coded_layout& layout = *tiles.layout;
+        const std::size_t bytes = std::size_t{8} * layout.bits();
+        const page_tile& place = tiles.tiles.tiles[tile];
+        const bool may_exceed = codec_->shape().codewords < std::size_t{1} << layout.bits();
         for (std::size_t group = 0; group < codec_->groups(); ++group) {
-            for (std::size_t depth = 0; depth < tiles.depths; ++depth) {
-                const std::byte* const row = place.page + layout.row(depth, tiles.head, group);
-                kernels_->attention.unpack_tile(row + place.tile * 8 * layout.bits(), layout.bits(),
-                                                codes + depth * tile_tokens);
-            }
-            if (shape.codewords < std::size_t{1} << layout.bits()) {  // places that hold no token may hold anything
-                for (std::size_t i = 0; i < tiles.depths * tile_tokens; ++i) {
-                    codes[i] = std::min(codes[i], static_cast<code_t>(shape.codewords - 1));
+            for (std::size_t depth = 0; depth < tiles.depths; ++depth, codes += tile_tokens) {
+                const std::size_t row = layout.row(depth, tiles.head, group);
+                kernels_->attention.unpack_tile(place.page + row + place.tile * bytes, layout.bits(), codes);
+                if (may_exceed) {  // places that hold no token may hold anything
+                    for (std::size_t i = 0; i < tile_tokens; ++i) {
+                        codes[i] = std::min(codes[i], static_cast<code_t>(codec_->shape().codewords - 1));
+                    }
                 }
             }
-            decode(out + group * shape.dim, codes, tiles.depths);
+        }
+    }
+
+    /// Fetches a part of the codes of the tile behind tile `tile` from memory: all of them, in the course of decoding
+    /// one.
+    void prefetch(const coded_tiles& tiles, std::size_t tile, std::size_t first) const noexcept {
+        if (tile + 1 >= tiles.tiles.count + tiles.tiles.ahead) {
+            return;
+        }
+        const coded_layout& layout = *tiles.layout;
+        const page_tile& next = tiles.tiles.tiles[tile + 1];
+        const std::size_t bytes = std::size_t{8} * layout.bits();
+        constexpr std::size_t parts = tile_tokens / part_rows;
+        const std::size_t rows = codec_->groups() * tiles.depths;
+        for (std::size_t i = first / part_rows; i < rows; i += parts) {
+            const std::byte* const codes =
+                next.page + layout.row(i / codec_->groups(), tiles.head, i % codec_->groups()) + next.tile * bytes;
+            __builtin_prefetch(codes);
+            __builtin_prefetch(codes + bytes - 1);
+        }
+    }
+
+    /// Rows [first, first + part_rows) of a tile, channels in the codec's order, without scales. `codes` are what
+    /// `unpack` left, of as many depths.
+    void decode(const code_t* codes, std::size_t depths, std::size_t first, float* out) const noexcept {
+        const codebook_shape& shape = codec_->shape();
+        for (std::size_t group = 0; group < codec_->groups(); ++group, out += shape.dim) {
+            const code_t* const from = codes + group * depths * tile_tokens + first;
+            if (words_.size() != 0 && depths != 0) {
+                kernels_->attention.decode_words(out, part_rows, codec_->head_dim(), words_.data(), shape.codewords,
+                                                 shape.dim, from, tile_tokens, depths);
+                continue;
+            }
+            switch (codec_->weight_type()) {
+                case dtype::float32: decode_as<float>(out, from, depths); break;
+                case dtype::float16: decode_as<float16>(out, from, depths); break;
+                case dtype::bfloat16: decode_as<bfloat16>(out, from, depths); break;
+            }
         }
     }
 
 private:
-    void decode(float* out, const code_t* codes, std::size_t depths) const noexcept {
-        switch (codec_->weight_type()) {
-            case dtype::float32: decode_as<float>(out, codes, depths); break;
-            case dtype::float16: decode_as<float16>(out, codes, depths); break;
-            case dtype::bfloat16: decode_as<bfloat16>(out, codes, depths); break;
-        }
+    /// Codewords up to which the weights themselves are read.
+    static constexpr std::size_t most_exact_codewords = 256;
+
+    tile_decoder() = default;
+
+    template <class Weight>
+    [[nodiscard]] const Weight* weights() const noexcept {
+        return static_cast<const Weight*>(static_cast<const void*>(codec_->weights().data()));
     }
     template <class Weight>
     void decode_as(float* out, const code_t* codes, std::size_t depths) const noexcept {
         const codebook_shape& shape = codec_->shape();
-        const void* const weights = codec_->weights().data();
-        kernels_->weights<Weight>().decode(out, tile_tokens, codec_->head_dim(), static_cast<const Weight*>(weights),
-                                           shape.codewords, shape.dim, codes, {1, tile_tokens}, depths);
+        kernels_->weights<Weight>().decode(out, part_rows, codec_->head_dim(), weights<Weight>(), shape.codewords,
+                                           shape.dim, codes, {1, tile_tokens}, depths);
+    }
+
+    /// One step for all weights, such that no sum over the depths exceeds 16 bits.
+    void round_weights() noexcept {
+        switch (codec_->weight_type()) {
+            case dtype::float32: return round_weights_of<float>();
+            case dtype::float16: return round_weights_of<float16>();
+            case dtype::bfloat16: return round_weights_of<bfloat16>();
+        }
+    }
+    template <class Weight>
+    void round_weights_of() noexcept {
+        const codebook_shape& shape = codec_->shape();
+        const std::size_t depth_size = shape.codewords * shape.dim;
+        float reach = 0.0F;
+        for (std::size_t depth = 0; depth < shape.depths; ++depth) {
+            float most = 0.0F;
+            for (std::size_t i = 0; i < depth_size; ++i) {
+                most = std::max(most, std::fabs(to_float(weights<Weight>()[depth * depth_size + i])));
+            }
+            reach += most;
+        }
+        const float most_sum = 32767.0F - static_cast<float>(shape.depths);  // each is rounded up by a half at most
+        step_ = reach > 0.0F ? reach / most_sum : 1.0F;
+        for (std::size_t i = 0; i < words_.size(); ++i) {
+            words_[i] = static_cast<std::int16_t>(std::lrint(to_float(weights<Weight>()[i]) / step_));
+        }
     }
 
     std::shared_ptr<const codec> codec_;
-    const kernel_table* kernels_;
+    const kernel_table* kernels_ = nullptr;
+    aligned_buffer<std::int16_t> words_;  // weights / step_, `[depths, codewords, dim]`; or empty
+    float step_ = 1.0F;
 };
 
 /// Scores of reconstructed keys.
@@ -97,9 +197,9 @@ class tile_key_reader final : public key_reader {
 public:
     explicit tile_key_reader(tile_decoder decoder) noexcept : decoder_(std::move(decoder)) {}
     [[nodiscard]] const tile_decoder& decoder() const noexcept { return decoder_; }
-    [[nodiscard]] std::size_t bytes() const noexcept override { return 0; }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return decoder_.bytes(); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t /*rows*/) const noexcept override {
-        return 64 + (tile_tokens * (1 + decoder_.source().head_dim())) * sizeof(float) +
+        return 64 + (tile_tokens + tile_decoder::part_rows * decoder_.source().head_dim()) * sizeof(float) +
                decoder_.code_count() * sizeof(code_t);
     }
     [[nodiscard]] bool pays(std::size_t /*rows*/, std::size_t /*tokens*/) const noexcept override { return true; }
@@ -110,27 +210,32 @@ public:
                 std::byte* scratch) const noexcept override {
         row_block<const float> queries;
         std::memcpy(&queries, scratch, sizeof(queries));
-        const auto as_prepared = [&](std::size_t, float*) { return queries; };
+        const auto as_prepared = [&](std::size_t, std::size_t, float*) { return queries; };
         scores(tiles, as_prepared, out, out_stride, scratch);
     }
 
-    /// The same with a word in between: `adjust(tile, rows)` may change the reconstructed rows of a tile, and returns
-    /// the queries that they are multiplied by.
+    /// The same with a word in between: `adjust(tile, first, rows)` may change the reconstructed rows of a tile's
+    /// tokens [first, first + tile_decoder::part_rows), and returns the queries that they are multiplied by.
     template <class Adjust>
     void scores(const coded_tiles& tiles, Adjust&& adjust, float* out, std::size_t out_stride,
                 std::byte* scratch) const noexcept {
+        constexpr std::size_t part = tile_decoder::part_rows;
         float* const scales = static_cast<float*>(static_cast<void*>(scratch + 64));
         float* const keys = scales + tile_tokens;
         const std::size_t head_dim = decoder_.source().head_dim();
-        code_t* const codes = static_cast<code_t*>(static_cast<void*>(keys + tile_tokens * head_dim));
+        code_t* const codes = static_cast<code_t*>(static_cast<void*>(keys + part * head_dim));
         const attention_kernels& kernels = decoder_.kernels().attention;
-        for (std::size_t tile = 0; tile < tiles.tiles.count; ++tile, out += tile_tokens) {
-            decoder_.rows(tiles, tile, codes, keys);
+        for (std::size_t tile = 0; tile < tiles.tiles.count; ++tile) {
+            decoder_.unpack(tiles, tile, codes);
             decoder_.scales(tiles, tile, scales);
-            const row_block<const float> queries = adjust(tile, keys);
-            kernels.rows<float>().scores({keys, tile_tokens, head_dim}, queries, head_dim, out, out_stride);
-            for (std::size_t q = 0; q < queries.count; ++q) {
-                kernels.multiply(out + q * out_stride, scales, tile_tokens);
+            for (std::size_t first = 0; first < tile_tokens; first += part, out += part) {
+                decoder_.prefetch(tiles, tile, first);
+                decoder_.decode(codes, tiles.depths, first, keys);
+                const row_block<const float> queries = adjust(tile, first, keys);
+                kernels.rows<float>().scores({keys, part, head_dim}, queries, head_dim, out, out_stride);
+                for (std::size_t q = 0; q < queries.count; ++q) {
+                    kernels.multiply(out + q * out_stride, scales + first, part);
+                }
             }
         }
     }
@@ -143,9 +248,9 @@ private:
 class tile_value_reader final : public value_reader {
 public:
     explicit tile_value_reader(tile_decoder decoder) noexcept : decoder_(std::move(decoder)) {}
-    [[nodiscard]] std::size_t bytes() const noexcept override { return 0; }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return decoder_.bytes(); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t rows) const noexcept override {
-        return ((rows + tile_tokens) * head_dim() + (1 + rows) * tile_tokens) * sizeof(float) +
+        return ((rows + tile_decoder::part_rows) * head_dim() + (1 + rows) * tile_tokens) * sizeof(float) +
                decoder_.code_count() * sizeof(code_t);
     }
     [[nodiscard]] bool pays(std::size_t /*rows*/, std::size_t /*tokens*/) const noexcept override { return true; }
@@ -156,19 +261,23 @@ public:
              std::byte* scratch) const noexcept override {
         float* const sums = floats(scratch);
         float* const values = sums + rows * head_dim();
-        float* const scales = values + tile_tokens * head_dim();
+        float* const scales = values + tile_decoder::part_rows * head_dim();
         float* const scaled = scales + tile_tokens;
         code_t* const codes = static_cast<code_t*>(static_cast<void*>(scaled + rows * tile_tokens));
         const attention_kernels& kernels = decoder_.kernels().attention;
         for (std::size_t tile = 0; tile < tiles.tiles.count; ++tile, weights += tile_tokens) {
-            decoder_.rows(tiles, tile, codes, values);
+            decoder_.unpack(tiles, tile, codes);
             decoder_.scales(tiles, tile, scales);
             for (std::size_t row = 0; row < rows; ++row) {
                 std::memcpy(scaled + row * tile_tokens, weights + row * weights_stride, tile_tokens * sizeof(float));
                 kernels.multiply(scaled + row * tile_tokens, scales, tile_tokens);
             }
-            kernels.rows<float>().add({values, tile_tokens, head_dim()}, scaled, tile_tokens, head_dim(),
-                                      {sums, rows, head_dim()});
+            for (std::size_t first = 0; first < tile_tokens; first += tile_decoder::part_rows) {
+                decoder_.prefetch(tiles, tile, first);
+                decoder_.decode(codes, tiles.depths, first, values);
+                kernels.rows<float>().add({values, tile_decoder::part_rows, head_dim()}, scaled + first,
+                                          {tile_tokens, 1}, head_dim(), {sums, rows, head_dim()});
+            }
         }
     }
     void rescale(const float* factors, std::size_t rows, std::byte* scratch) const noexcept override {

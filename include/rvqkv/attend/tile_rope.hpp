@@ -70,10 +70,10 @@ public:
     /// Cosines, then sines, of a tile's tokens: `[tile_tokens, 2 * angles]`, times the attention factor.
     [[nodiscard]] const float* table() const noexcept { return table_.data(); }
 
-    /// Turns the first `count` rows of a tile by their places in it, and multiplies by the attention factor.
-    void turn(float* rows, std::size_t count, std::size_t stride) const noexcept {
-        kernels_->attention.turn(rows, count, stride, runs_.data(), runs_.size(), table_.data(),
-                                 table_.data() + angles_, 2 * angles_);
+    /// Turns rows of a tile, from place `first` on, by their places, and multiplies by the attention factor.
+    void turn(float* rows, std::size_t count, std::size_t stride, std::size_t first) const noexcept {
+        const float* const row = table_.data() + first * 2 * angles_;
+        kernels_->attention.turn(rows, count, stride, runs_.data(), runs_.size(), row, row + angles_, 2 * angles_);
     }
 
     /// The angles of one position, and of one after the other more quickly. Lives in memory of the caller.

@@ -89,8 +89,8 @@ public:
             const page_run& last = staged_[end - 1];
             if (run.format->is_exact && with_pages_ < rewritten_) {
                 std::memcpy(page, run.page, run.format->bytes);  // it was shared: written to on a copy
-            } else if (!run.format->is_exact && (run.first != 0 || last.first + last.tokens != run.format->tokens)) {
-                std::memset(page, 0, run.format->bytes);  // codes of no tokens are zeros
+            } else if (run.format->is_exact || run.first != 0 || last.first + last.tokens != run.format->tokens) {
+                std::memset(page, 0, run.format->bytes);  // readers of whole tiles meet nothing but zeros there
             }
             for (std::size_t i = with_pages_; i < end; ++i) {
                 staged_[i].page = page;

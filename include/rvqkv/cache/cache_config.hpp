@@ -80,6 +80,11 @@ private:
                 return wrong(where + ": shares layer " + std::to_string(layer.shares_layer) +
                              "'s cache, so it must have no codecs and no heads");
             }
+            const std::size_t window = layers[layer.shares_layer].sliding_window;
+            if (window != 0 && (layer.sliding_window == 0 || layer.sliding_window > window)) {
+                return wrong(where + ": sliding_window is " + std::to_string(layer.sliding_window) + ", but layer " +
+                             std::to_string(layer.shares_layer) + " keeps " + std::to_string(window) + " tokens only");
+            }
             return {};
         }
         if (layer.is_empty()) {

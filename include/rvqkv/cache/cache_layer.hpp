@@ -17,6 +17,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <limits>
 #include <memory>
 #include <mutex>
 #include <new>
@@ -147,6 +148,11 @@ public:
     [[nodiscard]] std::size_t most_exact() const noexcept {
         return (recent_tokens_ + page_tokens_ - 1) / page_tokens_ + 1;
     }
+    /// Pages of codes that it holds at most, if appends are no longer than a page.
+    [[nodiscard]] std::size_t most_coded() const noexcept {
+        return config_.sliding_window == 0 ? std::numeric_limits<std::size_t>::max()
+                                           : (config_.sliding_window + window_slack()) / page_tokens_ + 2;
+    }
     /// What so many tokens need.
     [[nodiscard]] page_needs needs(std::size_t tokens) const noexcept {
         page_needs needs;
@@ -156,10 +162,7 @@ public:
         const std::size_t others = tokens - std::min(tokens, sink_tokens_);
         needs.sinks = sink_tokens_ == 0 ? 0 : 1;
         needs.exact = std::min(most_exact(), others / page_tokens_ + (others % page_tokens_ != 0 ? 1 : 0));
-        needs.coded = (others - std::min(others, recent_tokens_)) / page_tokens_;
-        if (config_.sliding_window != 0) {
-            needs.coded = std::min(needs.coded, (config_.sliding_window + window_slack()) / page_tokens_ + 2);
-        }
+        needs.coded = std::min(most_coded(), (others - std::min(others, recent_tokens_)) / page_tokens_);
         return needs;
     }
 

@@ -71,7 +71,7 @@ public:
     [[nodiscard]] std::int64_t next_position(std::size_t layer) const noexcept { return held(layer).next_position(); }
     /// A layer's tokens from `first_token` on, page by page, for code that reads them as they are stored; valid until
     /// the next write. What a page says of tokens outside its runs is unspecified, but for this: codes are below
-    /// `codewords`. Precondition: `layer < layers()`.
+    /// `codewords`, and numbers are finite. Precondition: `layer < layers()`.
     [[nodiscard]] std::span<const page_run> runs(std::size_t layer) const noexcept { return held(layer).runs.runs(); }
     /// Precondition: `layer < layers()`.
     [[nodiscard]] const kv_layer_config& layer_config(std::size_t layer) const noexcept {
@@ -87,13 +87,11 @@ public:
     ///             infinities are stored as 0, and counted in `report` if one is given; numbers beyond the range of the
     ///             cache's exact type become its largest.
     /// Threads:    none of its own; with `workers`, pages that become codes are split over them.
-    /// Complexity: a copy of the tokens, and `codec::encode` of those that become codes: independent of the tokens
-    /// held.
+    /// Complexity: a copy of the tokens, and `codec::encode` of those that become codes; the tokens held do not count.
     ///             After `reserve`, and with a workspace from `kv_cache::make_workspace` for these workers, nothing is
     ///             allocated, given codecs that ask no more of a `quantizer_workspace` than `vector_quantizer` does.
-    /// Numerics:   what becomes codes was rounded to the exact type before, so the same codes come about however
-    /// appends
-    ///             are split, with any workers and at every SIMD level.
+    /// Numerics:   what becomes codes was rounded to the exact type before, so codes are the same however appends are
+    ///             split, with any workers and at every SIMD level.
     [[nodiscard]] status append(std::size_t layer, const tensor_view& keys, const tensor_view& values,
                                 kv_workspace& workspace, kv_encode_report* report = nullptr,
                                 const executor& workers = serial_executor()) {
@@ -353,8 +351,8 @@ public:
     }
 
     /// Makes room for `tokens` tokens in all, in every layer, and keeps it: pages that the sequence lets go of stay its
-    /// own from now on, until `release_spare_pages`. Appends of up to `page_tokens` tokens, and one of any number to an
-    /// empty sequence, allocate nothing until then; each rollback into a page of codes may need one page more.
+    /// own from now on, until `release_spare_pages`. Appends (to layers with a sliding window: of up to `page_tokens`
+    /// tokens) allocate nothing until then; each rollback into a page of codes may need one page more.
     /// Errors: `out_of_memory`. Complexity: O(pages held and new).
     [[nodiscard]] status reserve(std::size_t tokens) {
         const detail::writer_guard guard(writing_);
@@ -363,23 +361,21 @@ public:
         }
         for (std::size_t i = 0; i < layers(); ++i) {
             detail::run_list& runs = layers_[i].runs;
-            const std::size_t pages = core_->layer(i).needs(tokens).total();
-            if (status grown = pages == 0 ? status{} : runs.reserve(pages + 2 * detail::append_job::more_runs);
-                !grown) {
+            const std::size_t more =
+                layers_[i].needs(core_->layer(i), tokens).total() + 2 * detail::append_job::more_runs;
+            if (status grown = owns(i) ? runs.reserve(runs.size() + more) : status{}; !grown) {
                 return grown;
             }
         }
         for (std::size_t i = 0; i < layers(); ++i) {
             const detail::cache_layer& layer = core_->layer(i);
-            const detail::page_needs needs = layer.needs(tokens);
-            for (const auto& [kind, needed] :
-                 {std::pair{&layer.sinks(), needs.sinks}, std::pair{&layer.exact(), needs.exact},
-                  std::pair{&layer.coded(), needs.coded}}) {
-                stock_.want(*kind, needed - std::min(needed, layers_[i].pages_of(kind->format)));
-            }
-            // An append fills a page more before it lets go of the one that it encodes; layers take turns at that.
-            if (needs.exact != 0) {
-                stock_.want_at_once(layer.exact(), 1);
+            const detail::page_needs needs = layers_[i].needs(layer, tokens);
+            stock_.want(layer.sinks(), needs.sinks);
+            stock_.want(layer.exact(), needs.exact);
+            stock_.want(layer.coded(), needs.coded);
+            // An append fills new exact pages before it lets go of the old ones; layers take turns at that.
+            if (layer.has_tokens()) {
+                stock_.want_at_once(layer.exact(), layer.most_exact());
             }
         }
         return stock_.fill();

@@ -218,13 +218,22 @@ struct layer_tokens {
         return {};
     }
 
-    /// Pages of one format.
-    [[nodiscard]] std::size_t pages_of(const page_format& format) const noexcept {
-        std::size_t pages = 0;
+    /// Pages that it lacks to hold `count` tokens in all.
+    [[nodiscard]] page_needs needs(const cache_layer& layer, std::size_t count) const noexcept {
+        page_needs held;
+        std::size_t coded_tokens = dropped;
         for (std::size_t i = 0; i < runs.size(); ++i) {
-            pages += runs[i].format == &format && run_list::begins_page(runs.runs(), i) ? 1 : 0;
+            const page_run& run = runs[i];
+            const bool is_sink = run.format == &layer.sinks().format;
+            const std::size_t pages = run_list::begins_page(runs.runs(), i) ? 1 : 0;
+            (is_sink ? held.sinks : run.format->is_exact ? held.exact : held.coded) += pages;
+            coded_tokens += run.format->is_exact ? 0 : run.tokens;
         }
-        return pages;
+        // Pages that a rollback or an eviction has cut hold fewer tokens than others.
+        const page_needs whole = layer.needs(count);
+        const page_needs rest = layer.needs(count - std::min(count, coded_tokens));
+        return {whole.sinks - std::min(whole.sinks, held.sinks), whole.exact - std::min(whole.exact, held.exact),
+                std::min(rest.coded, layer.most_coded() - std::min(layer.most_coded(), held.coded))};
     }
     void add_to(kv_sequence_bytes& bytes) const noexcept {
         bytes.page_tables += runs.bytes();

@@ -6,10 +6,7 @@
 //   store_sums(pointer, four): the sums of four registers
 //   query_side, value_queries, value_side: queries of a tile of scores, and of sums; registers of a strip of sums
 //   unpack_tile
-
-inline reg constant(float value) {
-    return broadcast(&value);
-}
+//   halves, low_half, high_half; with `has_words`: add_words, store_words
 
 /// Both numbers of `lanes` pairs. The sine is negated, not the product: exact either way, and one step less.
 inline void turn_pair(reg& a, reg& b, reg cosine, reg sine) {
@@ -152,6 +149,18 @@ inline void multiply_numbers(float* x, const float* by, std::size_t count) {
     }
 }
 
+inline void add_numbers(float* x, const float* by, float constant_part, std::size_t count) {
+    constexpr std::size_t width = lanes;
+    const reg part = constant(constant_part);
+    std::size_t i = 0;
+    for (; i + width <= count; i += width) {
+        store(x + i, add(load(x + i), add(load(by + i), part)));
+    }
+    for (; i < count; ++i) {
+        x[i] += by[i] + constant_part;
+    }
+}
+
 // ---- Rows of keys and values ----
 
 template <int Queries, int Rows, class T>
@@ -242,8 +251,8 @@ inline void scores(row_block<const T> rows, row_block<const float> queries, std:
 
 /// A strip of `Width` registers of the sums of some queries: in registers over all rows.
 template <int Queries, int Width, class T>
-RVQKV_ALWAYS_INLINE void add_tile(row_block<const T> rows, const float* weights, std::size_t weights_stride,
-                                  float* sums, std::size_t sums_stride) {
+RVQKV_ALWAYS_INLINE void add_tile(row_block<const T> rows, const float* weights, weight_strides strides, float* sums,
+                                  std::size_t sums_stride) {
     constexpr std::size_t width = lanes;
     constexpr std::size_t ahead = 48;
     reg totals[Queries][Width];
@@ -268,7 +277,8 @@ RVQKV_ALWAYS_INLINE void add_tile(row_block<const T> rows, const float* weights,
         }
         RVQKV_UNROLL
         for (int q = 0; q < Queries; ++q) {
-            const reg weight = keep(broadcast(weights + static_cast<std::size_t>(q) * weights_stride + i));
+            const reg weight =
+                keep(broadcast(weights + static_cast<std::size_t>(q) * strides.row + i * strides.column));
             RVQKV_UNROLL
             for (int w = 0; w < Width; ++w) {
                 totals[q][w] = fma(weight, values[w], totals[q][w]);
@@ -285,12 +295,12 @@ RVQKV_ALWAYS_INLINE void add_tile(row_block<const T> rows, const float* weights,
 }
 
 template <class T>
-inline void add_rows(row_block<const T> rows, const float* weights, std::size_t weights_stride, std::size_t dim,
+inline void add_rows(row_block<const T> rows, const float* weights, weight_strides strides, std::size_t dim,
                      row_block<float> sums) {
     constexpr std::size_t at_once = 64;  // rows that stay in the nearest cache while strip after strip is read
     for (std::size_t first = 0; first < rows.count; first += at_once) {
         const std::size_t count = rows.count - first < at_once ? rows.count - first : at_once;
-        const float* const some_weights = weights + first;
+        const float* const some_weights = weights + first * strides.column;
         std::size_t j = 0;
         const auto strips = [&](auto strip) {
             constexpr std::size_t width = strip * static_cast<std::size_t>(lanes);
@@ -299,7 +309,7 @@ inline void add_rows(row_block<const T> rows, const float* weights, std::size_t 
                 std::size_t q = 0;
                 const auto tiles = [&](auto side) {
                     for (; q + side <= sums.count; q += side) {
-                        add_tile<side, strip>(part, some_weights + q * weights_stride, weights_stride,
+                        add_tile<side, strip>(part, some_weights + q * strides.row, strides,
                                               sums.data + q * sums.stride + j, sums.stride);
                     }
                 };
@@ -308,13 +318,16 @@ inline void add_rows(row_block<const T> rows, const float* weights, std::size_t 
             }
         };
         strips(std::integral_constant<int, value_side>());
+        if constexpr (value_side > 2) {
+            strips(std::integral_constant<int, 2>());
+        }
         strips(std::integral_constant<int, 1>());
         for (; j < dim; ++j) {
             for (std::size_t q = 0; q < sums.count; ++q) {
                 float total = sums.data[q * sums.stride + j];
                 for (std::size_t i = 0; i < count; ++i) {
                     const float value = to_float(rows.data[(first + i) * rows.stride + j]);
-                    total = fma(some_weights[q * weights_stride + i], value, total);
+                    total = fma(some_weights[q * strides.row + i * strides.column], value, total);
                 }
                 sums.data[q * sums.stride + j] = total;
             }
@@ -328,8 +341,15 @@ inline constexpr attention_kernels attention = {
     exponentials,
     soft_cap,
     multiply_numbers,
+    add_numbers,
     unpack_tile,
-    {scores<float>, add_rows<float>},
-    {scores<float16>, add_rows<float16>},
-    {scores<bfloat16>, add_rows<bfloat16>},
+    range,
+    pack_entries,
+    unpack_sums,
+    add_entries,
+    add_weights,
+    decode_words<std::int16_t>,
+    {scores<float>, add_rows<float>, products<float>},
+    {scores<float16>, add_rows<float16>, products<float16>},
+    {scores<bfloat16>, add_rows<bfloat16>, products<bfloat16>},
 };

@@ -8,6 +8,7 @@
 #include "rvqkv/core/half.hpp"
 
 #include <cstddef>
+#include <cstdint>
 #include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
@@ -34,6 +35,24 @@ struct row_block {
     std::size_t stride = 0;
 };
 
+/// Weights of `[query, row]`: distances between neighbours.
+struct weight_strides {
+    std::size_t row = 0;
+    std::size_t column = 1;
+};
+
+/// Four numbers side by side, of four queries.
+using float4 = float __attribute__((vector_size(16)));
+
+/// Where rows of codes lie: one for each place, in each of some tiles.
+struct code_rows {
+    const std::byte* const* tiles = nullptr;  ///< `[count]`: where each tile's part of the first row begins.
+    std::size_t count = 0;
+    std::size_t row = 0;   ///< Bytes from the first row to the wanted one.
+    std::size_t next = 0;  ///< Bytes to the row that is wanted next: prefetched.
+    unsigned bits = 8;     ///< From 8 to 12.
+};
+
 /// The inner loops of attention at one SIMD level. Sums are added in an order of the level's own.
 struct attention_kernels {
     /// Turns the pairs of each of `rows` rows, in place: `(a, b)` becomes `(a cos - b sin, a sin + b cos)`. Row `i`
@@ -52,8 +71,30 @@ struct attention_kernels {
     /// `x[i] *= by[i]`, but 0 stays 0 whatever it is multiplied by.
     void (*multiply)(float* x, const float* by, std::size_t count);
 
+    /// `x[i] += by[i] + constant`.
+    void (*add)(float* x, const float* by, float constant, std::size_t count);
+
     /// The codes of one tile. `bits` is from 1 to 16; reads `8 * bits` bytes.
     void (*unpack_tile)(const std::byte* packed, unsigned bits, code_t* codes);
+
+    /// Smallest and largest of some numbers, NaNs aside.
+    void (*range)(const float* x, std::size_t count, float* low, float* high);
+    /// `entries[i]`: four queries' `(products[q * stride + i] - low[q]) * inverse[q]`, rounded, 16 bits each.
+    void (*pack_entries)(const float* products, std::size_t stride, std::size_t count, const float* low,
+                         const float* inverse, std::uint64_t* entries);
+    /// The way back for up to four queries: `out[q * stride + i] = (start[q] + step[q] * sum) * scales[i]`.
+    void (*unpack_sums)(const std::uint64_t* sums, std::size_t count, std::size_t queries, const float* start,
+                        const float* step, const float* scales, float* out, std::size_t stride);
+    /// `sums[t] += entries[code of token t]`, from two rows of codes (of the same tiles) with a table each.
+    void (*add_entries)(const code_rows& first, const std::uint64_t* first_entries, const code_rows& second,
+                        const std::uint64_t* second_entries, std::uint64_t* sums);
+    /// `bins[code of token t] += weights[t]`.
+    void (*add_weights)(const code_rows& codes, const float4* weights, float4* bins);
+    /// Rows of int16 codewords added up, as floats; see `kernel_table::weight_kernels::decode`. `depths` is not 0, the
+    /// vectors' codes stand side by side, and no sum exceeds 16 bits.
+    void (*decode_words)(float* x, std::size_t rows, std::size_t stride, const std::int16_t* weights,
+                         std::size_t codewords, std::size_t dim, const code_t* codes, std::size_t depth_step,
+                         std::size_t depths);
 
     /// The loops over rows of keys and values.
     template <class T>
@@ -61,9 +102,13 @@ struct attention_kernels {
         /// `out[q * out_stride + i] = <rows[i], queries[q]>`.
         void (*scores)(row_block<const T> rows, row_block<const float> queries, std::size_t dim, float* out,
                        std::size_t out_stride);
-        /// `sums[q] += weights[q * weights_stride + i] * rows[i]`, summed over i.
-        void (*add)(row_block<const T> rows, const float* weights, std::size_t weights_stride, std::size_t dim,
+        /// `sums[q] += weights[q * strides.row + i * strides.column] * rows[i]`, summed over i.
+        void (*add)(row_block<const T> rows, const float* weights, weight_strides strides, std::size_t dim,
                     row_block<float> sums);
+        /// `out[q * out_stride + c] = <codeword c, queries[q]>`, of `blocks` blocks of codewords `[blocks, dim, 16]`
+        /// that stand side by side.
+        void (*products)(const T* codewords, std::size_t blocks, row_block<const float> queries, std::size_t dim,
+                         float* out, std::size_t out_stride);
     };
     row_kernels<float> float32_rows;
     row_kernels<float16> float16_rows;

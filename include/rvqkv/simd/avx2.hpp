@@ -242,6 +242,8 @@ inline __m128i sum_each(const ireg* four) {
 
 // What follows is for attention (`attention.inl`).
 
+inline constexpr bool has_words = true;
+inline constexpr int product_side = 4;
 inline constexpr int query_side = 2;
 inline constexpr int value_queries = 4;
 inline constexpr int value_side = 2;
@@ -254,6 +256,24 @@ inline reg4 sums_of(const reg* four) {
 }
 inline void store_sums(float* to, const reg* four) {
     store(to, sums_of(four));
+}
+inline ireg add_words(ireg a, ireg b) {
+    return _mm256_add_epi16(a, b);
+}
+/// Words as floats, `2 * lanes` of them.
+inline void store_words(float* to, ireg value) {
+    store(to, to_floats(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(value))));
+    store(to + lanes, to_floats(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(value, 1))));
+}
+/// Whole numbers up to 65535 as the lower and upper half of 32 bits, and back.
+inline reg halves(reg low, reg high) {
+    return as_floats(_mm256_or_si256(to_integers(low), _mm256_slli_epi32(to_integers(high), 16)));
+}
+inline reg low_half(reg both) {
+    return to_floats(_mm256_and_si256(_mm256_castps_si256(both), _mm256_set1_epi32(0xffff)));
+}
+inline reg high_half(reg both) {
+    return to_floats(_mm256_srli_epi32(_mm256_castps_si256(both), 16));
 }
 inline reg power_of_two(reg whole) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(to_integers(whole), _mm256_set1_epi32(127)), 23));

@@ -245,10 +245,28 @@ inline __m128i sum_each(const ireg* four) {
 
 // What follows is for attention (`attention.inl`).
 
+inline constexpr bool has_words = true;
+inline constexpr int product_side = 16;
 inline constexpr int query_side = 4;
 inline constexpr int value_queries = 4;
 inline constexpr int value_side = 4;
-using avx2::unpack_tile;
+inline void unpack_tile(const std::byte* packed, unsigned bits, code_t* codes) {
+    // Sixteen codes are `bits` words of 16 bits. Each code lies in two neighbouring ones, shifted.
+    const __m512i begins = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                              _mm512_set1_epi32(static_cast<int>(bits)));
+    const __m512i words =
+        _mm512_add_epi32(_mm512_mullo_epi32(_mm512_maskz_srli_epi32(all, begins, 4), _mm512_set1_epi32(0x10001)),
+                         _mm512_set1_epi32(0x10000));
+    const __m512i shifts = _mm512_and_si512(begins, _mm512_set1_epi32(15));
+    const __m512i ones = _mm512_set1_epi32((1 << bits) - 1);
+    const __mmask16 wanted = static_cast<__mmask16>((1U << bits) - 1U);
+    for (std::size_t first = 0; first < tile_tokens; first += 16, packed += std::size_t{2} * bits) {
+        const __m256i some = _mm256_maskz_loadu_epi16(wanted, packed);
+        const __m512i pairs = _mm512_maskz_permutexvar_epi16(0xffffffffU, words, _mm512_castsi256_si512(some));
+        const __m512i shifted = _mm512_maskz_srlv_epi32(all, pairs, shifts);
+        store(codes + first, _mm512_and_si512(shifted, ones));
+    }
+}
 inline reg divide(reg a, reg b) {
     return _mm512_div_ps(a, b);
 }
@@ -259,6 +277,24 @@ inline void store_sums(float* to, const reg* four) {
         halves[i] = add(_mm512_maskz_extractf32x8_ps(0xff, four[i], 0), _mm512_maskz_extractf32x8_ps(0xff, four[i], 1));
     }
     store(to, avx2::sums_of(halves));
+}
+inline ireg add_words(ireg a, ireg b) {
+    return _mm512_add_epi16(a, b);
+}
+/// Words as floats, `2 * lanes` of them.
+inline void store_words(float* to, ireg value) {
+    store(to, to_floats(_mm512_maskz_cvtepi16_epi32(all, _mm512_maskz_extracti32x8_epi32(0xff, value, 0))));
+    store(to + lanes, to_floats(_mm512_maskz_cvtepi16_epi32(all, _mm512_maskz_extracti32x8_epi32(0xff, value, 1))));
+}
+/// Whole numbers up to 65535 as the lower and upper half of 32 bits, and back.
+inline reg halves(reg low, reg high) {
+    return as_floats(_mm512_or_si512(to_integers(low), _mm512_maskz_slli_epi32(all, to_integers(high), 16)));
+}
+inline reg low_half(reg both) {
+    return to_floats(_mm512_and_si512(_mm512_castps_si512(both), _mm512_set1_epi32(0xffff)));
+}
+inline reg high_half(reg both) {
+    return to_floats(_mm512_maskz_srli_epi32(all, _mm512_castps_si512(both), 16));
 }
 inline reg power_of_two(reg whole) {
     return _mm512_castsi512_ps(

@@ -179,6 +179,8 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
 
 // What follows is for attention (`attention.inl`).
 
+inline constexpr bool has_words = false;
+inline constexpr int product_side = 1;
 inline constexpr int query_side = 1;
 inline constexpr int value_queries = 1;
 inline constexpr int value_side = 1;
@@ -220,6 +222,29 @@ inline void store_sums(float* to, const reg* four) {
     for (int i = 0; i < 4; ++i) {
         to[i] = sum(four[i]);
     }
+}
+/// Whole numbers up to 65535 as the lower and upper half of 32 bits, and back.
+inline reg halves(const reg& low, const reg& high) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        const std::uint32_t upper = static_cast<std::uint32_t>(high.lane[i]) << 16U;
+        value.lane[i] = std::bit_cast<float>(static_cast<std::uint32_t>(low.lane[i]) | upper);
+    }
+    return value;
+}
+inline reg low_half(const reg& both) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = static_cast<float>(std::bit_cast<std::uint32_t>(both.lane[i]) & 0xffffU);
+    }
+    return value;
+}
+inline reg high_half(const reg& both) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = static_cast<float>(std::bit_cast<std::uint32_t>(both.lane[i]) >> 16U);
+    }
+    return value;
 }
 inline reg power_of_two(const reg& whole) {
     reg value;

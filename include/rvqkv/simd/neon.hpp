@@ -117,6 +117,8 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
 
 // What follows is for attention (`attention.inl`).
 
+inline constexpr bool has_words = false;
+inline constexpr int product_side = 4;
 inline constexpr int query_side = 4;
 inline constexpr int value_queries = 4;
 inline constexpr int value_side = 4;
@@ -140,6 +142,16 @@ inline float largest(reg value) {
 }
 inline void store_sums(float* to, const reg* four) {
     store(to, vpaddq_f32(vpaddq_f32(four[0], four[1]), vpaddq_f32(four[2], four[3])));
+}
+/// Whole numbers up to 65535 as the lower and upper half of 32 bits, and back.
+inline reg halves(reg low, reg high) {
+    return vreinterpretq_f32_u32(vsliq_n_u32(vcvtq_u32_f32(low), vcvtq_u32_f32(high), 16));
+}
+inline reg low_half(reg both) {
+    return vcvtq_f32_u32(vandq_u32(vreinterpretq_u32_f32(both), vdupq_n_u32(0xffff)));
+}
+inline reg high_half(reg both) {
+    return vcvtq_f32_u32(vshrq_n_u32(vreinterpretq_u32_f32(both), 16));
 }
 inline reg power_of_two(reg whole) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(whole), vdupq_n_s32(127)), 23));

@@ -1,0 +1,274 @@
+// SPDX-License-Identifier: MIT
+// The inner loops of attention through tables of large codebooks, part of kernels.inl; see attention.inl for what they
+// ask of a level.
+
+inline reg constant(float value) {
+    return broadcast(&value);
+}
+
+/// `Blocks` blocks of codewords and `Count` queries.
+template <int Blocks, int Count, class T>
+RVQKV_ALWAYS_INLINE void products_tile(const T* block, row_block<const float> queries, std::size_t dim, float* out,
+                                       std::size_t out_stride) {
+    constexpr int each = static_cast<int>(search_block) / lanes;
+    constexpr int parts = Blocks * each;
+    reg sums[Count][parts];
+    RVQKV_UNROLL
+    for (int q = 0; q < Count; ++q) {
+        RVQKV_UNROLL
+        for (int part = 0; part < parts; ++part) {
+            sums[q][part] = constant(0.0F);
+        }
+    }
+    for (std::size_t j = 0; j < dim; ++j, block += search_block) {
+        reg weights[parts];
+        RVQKV_UNROLL
+        for (int part = 0; part < parts; ++part) {
+            weights[part] =
+                keep(load(block + static_cast<std::size_t>(part / each) * dim * search_block + part % each * lanes));
+        }
+        RVQKV_UNROLL
+        for (int q = 0; q < Count; ++q) {
+            const reg number = broadcast(queries.data + static_cast<std::size_t>(q) * queries.stride + j);
+            RVQKV_UNROLL
+            for (int part = 0; part < parts; ++part) {
+                sums[q][part] = fma(number, weights[part], sums[q][part]);
+            }
+        }
+    }
+    RVQKV_UNROLL
+    for (int q = 0; q < Count; ++q) {
+        RVQKV_UNROLL
+        for (int part = 0; part < parts; ++part) {
+            store(out + static_cast<std::size_t>(q) * out_stride + part * lanes, sums[q][part]);
+        }
+    }
+}
+
+template <class T>
+inline void products(const T* codewords, std::size_t blocks, row_block<const float> queries, std::size_t dim,
+                     float* out, std::size_t out_stride) {
+    std::size_t block = 0;
+    // Sums enough for the multipliers' latency: of many queries at once, or of many codewords.
+    const auto tiles = [&](auto at_once, auto side) {
+        for (; block + at_once <= blocks; block += at_once) {
+            const T* const from = codewords + block * dim * search_block;
+            float* const to = out + block * search_block;
+            row_block<const float> left = queries;
+            std::size_t q = 0;
+            for (; q + side <= queries.count; q += side, left.data += side * queries.stride) {
+                products_tile<at_once, side>(from, left, dim, to + q * out_stride, out_stride);
+            }
+            for (; q < queries.count; ++q, left.data += queries.stride) {
+                products_tile<at_once, 1>(from, left, dim, to + q * out_stride, out_stride);
+            }
+        }
+    };
+    if (queries.count < product_side && product_side > 4) {
+        tiles(std::integral_constant<int, 4>(), std::integral_constant<int, 4>());
+    }
+    tiles(std::integral_constant<int, 1>(), std::integral_constant<int, product_side>());
+}
+
+/// For at least as many numbers as `search_block`, a multiple of it.
+inline void range(const float* x, std::size_t count, float* low, float* high) {
+    reg top = constant(-__builtin_inff());
+    reg bottom = top;
+    for (std::size_t i = 0; i < count; i += lanes) {
+        const reg value = load(x + i);
+        top = max(value, top);
+        bottom = max(subtract(constant(0.0F), value), bottom);
+    }
+    *low = -largest(bottom);
+    *high = largest(top);
+}
+
+inline void pack_entries(const float* products, std::size_t stride, std::size_t count, const float* low,
+                         const float* inverse, std::uint64_t* entries) {
+    const reg zero = constant(0.0F);
+    const reg most = constant(-65535.0F);
+    const auto entry = [&](std::size_t q, std::size_t i) {
+        const reg value = multiply(subtract(load(products + q * stride + i), constant(low[q])), constant(inverse[q]));
+        // Not above the largest, nor below 0, nor NaN; then to the nearest whole number.
+        const reg inside = max(subtract(zero, max(subtract(zero, value), most)), zero);
+        const reg rounder = constant(0x1p23F);
+        return subtract(add(inside, rounder), rounder);
+    };
+    for (std::size_t i = 0; i < count; i += lanes) {
+        const reg even = halves(entry(0, i), entry(1, i));
+        const reg odd = halves(entry(2, i), entry(3, i));
+        join(static_cast<float*>(static_cast<void*>(entries + i)), even, odd);
+    }
+}
+
+inline void unpack_sums(const std::uint64_t* sums, std::size_t count, std::size_t queries, const float* start,
+                        const float* step, const float* scales, float* out, std::size_t stride) {
+    for (std::size_t i = 0; i < count; i += lanes) {
+        reg even;
+        reg odd;
+        split(static_cast<const float*>(static_cast<const void*>(sums + i)), even, odd);
+        const reg scale = load(scales + i);
+        const auto finish = [&](std::size_t q, reg sum) {
+            if (q < queries) {
+                store(out + q * stride + i, multiply(fma(sum, constant(step[q]), constant(start[q])), scale));
+            }
+        };
+        finish(0, low_half(even));
+        finish(1, high_half(even));
+        finish(2, low_half(odd));
+        finish(3, high_half(odd));
+    }
+}
+
+/// Calls `body(i, code of token i)` for eight tokens, whose codes are `Bits` bytes.
+template <unsigned Bits, class Body>
+RVQKV_ALWAYS_INLINE void for_eight_codes(const std::byte* packed, Body&& body) {
+    static_assert(Bits >= 8 && Bits <= 16);
+    std::uint64_t first = 0;
+    std::uint64_t second = 0;
+    __builtin_memcpy(&first, packed, 8);
+    __builtin_memcpy(&second, packed + Bits - 8, 8);  // ends where the codes end
+    second >>= 64U - 4U * Bits;
+    constexpr std::uint64_t ones = (std::uint64_t{1} << Bits) - 1U;
+    body(std::size_t{0}, first & ones);
+    body(std::size_t{1}, (first >> Bits) & ones);
+    body(std::size_t{2}, (first >> 2U * Bits) & ones);
+    body(std::size_t{3}, (first >> 3U * Bits) & ones);
+    body(std::size_t{4}, second & ones);
+    body(std::size_t{5}, (second >> Bits) & ones);
+    body(std::size_t{6}, (second >> 2U * Bits) & ones);
+    body(std::size_t{7}, second >> 3U * Bits);
+}
+/// `body(bits)` with the number of bits known at compile time.
+template <class Body>
+inline void with_bits(unsigned bits, Body&& body) {
+    switch (bits) {
+        case 8: return body(std::integral_constant<unsigned, 8>());
+        case 9: return body(std::integral_constant<unsigned, 9>());
+        case 10: return body(std::integral_constant<unsigned, 10>());
+        case 11: return body(std::integral_constant<unsigned, 11>());
+        case 12: return body(std::integral_constant<unsigned, 12>());
+        default: break;
+    }
+}
+/// Fetches the tile's part of the row that is read next.
+inline void prefetch_codes(const code_rows& rows, std::size_t tile) {
+    const std::byte* const codes = rows.tiles[tile] + rows.next;
+    __builtin_prefetch(codes);
+    __builtin_prefetch(codes + 8 * rows.bits - 1);
+}
+
+inline void add_entries(const code_rows& first, const std::uint64_t* first_entries, const code_rows& second,
+                        const std::uint64_t* second_entries, std::uint64_t* sums) {
+    with_bits(first.bits, [&](auto bits) {
+        for (std::size_t tile = 0; tile < first.count; ++tile) {
+            const std::byte* codes = first.tiles[tile] + first.row;
+            const std::byte* more_codes = second.tiles[tile] + second.row;
+            prefetch_codes(first, tile);
+            prefetch_codes(second, tile);
+            for (std::size_t eight = 0; eight < tile_tokens / 8; ++eight) {
+                std::uint64_t entries[8];
+                for_eight_codes<bits>(codes,
+                                      [&](std::size_t i, std::uint64_t code) { entries[i] = first_entries[code]; });
+                for_eight_codes<bits>(more_codes, [&](std::size_t i, std::uint64_t code) {
+                    sums[i] += entries[i] + second_entries[code];
+                });
+                codes += bits;
+                more_codes += bits;
+                sums += 8;
+            }
+        }
+    });
+}
+
+inline void add_weights(const code_rows& rows, const float4* weights, float4* bins) {
+    with_bits(rows.bits, [&](auto bits) {
+        for (std::size_t tile = 0; tile < rows.count; ++tile) {
+            const std::byte* codes = rows.tiles[tile] + rows.row;
+            prefetch_codes(rows, tile);
+            for (std::size_t eight = 0; eight < tile_tokens / 8; ++eight, codes += bits, weights += 8) {
+                for_eight_codes<bits>(codes, [&](std::size_t i, std::uint64_t code) { bins[code] += weights[i]; });
+            }
+        }
+    });
+}
+
+/// `Rows` rows of `Registers` registers. A template in the type as well, for levels without such registers.
+template <int Rows, int Registers, class Word, class Dim>
+RVQKV_ALWAYS_INLINE void decode_words_tile(float* x, std::size_t stride, const Word* weights, std::size_t depth_size,
+                                           Dim dim, const code_t* codes, std::size_t depth_step, std::size_t depths) {
+    constexpr std::size_t width = 2 * lanes;
+    decltype(load(weights)) sums[Rows][Registers];
+    RVQKV_UNROLL
+    for (int row = 0; row < Rows; ++row) {
+        RVQKV_UNROLL
+        for (int w = 0; w < Registers; ++w) {
+            sums[row][w] = load(weights + codes[row] * dim + static_cast<std::size_t>(w) * width);
+        }
+    }
+    for (std::size_t depth = 1; depth < depths; ++depth) {
+        weights += depth_size;
+        codes += depth_step;
+        RVQKV_UNROLL
+        for (int row = 0; row < Rows; ++row) {
+            RVQKV_UNROLL
+            for (int w = 0; w < Registers; ++w) {
+                const auto codeword = load(weights + codes[row] * dim + static_cast<std::size_t>(w) * width);
+                sums[row][w] = add_words(sums[row][w], codeword);
+            }
+        }
+    }
+    RVQKV_UNROLL
+    for (int row = 0; row < Rows; ++row) {
+        RVQKV_UNROLL
+        for (int w = 0; w < Registers; ++w) {
+            store_words(x + static_cast<std::size_t>(row) * stride + static_cast<std::size_t>(w) * width, sums[row][w]);
+        }
+    }
+}
+template <int Registers, class Word, class Dim>
+inline void decode_words_strip(float* x, std::size_t rows, std::size_t stride, const Word* weights,
+                               std::size_t depth_size, Dim dim, const code_t* codes, std::size_t depth_step,
+                               std::size_t depths) {
+    constexpr int at_once = 8 / Registers;
+    std::size_t row = 0;
+    for (; row + at_once <= rows; row += at_once) {
+        decode_words_tile<at_once, Registers>(x + row * stride, stride, weights, depth_size, dim, codes + row,
+                                              depth_step, depths);
+    }
+    for (; row < rows; ++row) {
+        decode_words_tile<1, Registers>(x + row * stride, stride, weights, depth_size, dim, codes + row, depth_step,
+                                        depths);
+    }
+}
+template <class Word>
+inline void decode_words(float* x, std::size_t rows, std::size_t stride, const Word* weights, std::size_t codewords,
+                         std::size_t dim, const code_t* codes, std::size_t depth_step, std::size_t depths) {
+    std::size_t j = 0;
+    if constexpr (has_words) {
+        constexpr std::size_t width = 2 * lanes;
+        const auto strips = [&](auto registers) {
+            for (; j + registers * width <= dim; j += registers * width) {
+                if (dim == registers * width) {
+                    decode_words_strip<registers>(x, rows, stride, weights, codewords * dim,
+                                                  std::integral_constant<std::size_t, registers * width>(), codes,
+                                                  depth_step, depths);
+                } else {
+                    decode_words_strip<registers>(x + j, rows, stride, weights + j, codewords * dim, dim, codes,
+                                                  depth_step, depths);
+                }
+            }
+        };
+        strips(std::integral_constant<int, 2>());
+        strips(std::integral_constant<int, 1>());
+    }
+    for (std::size_t row = 0; row < rows; ++row) {
+        for (std::size_t tail = j; tail < dim; ++tail) {
+            int sum = 0;
+            for (std::size_t depth = 0; depth < depths; ++depth) {
+                sum += weights[(depth * codewords + codes[depth * depth_step + row]) * dim + tail];
+            }
+            x[row * stride + tail] = static_cast<float>(sum);
+        }
+    }
+}
