@@ -8,6 +8,7 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/half.hpp"
 #include "rvqkv/core/simd_level.hpp"
+#include "rvqkv/simd/small_scan.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -103,6 +104,9 @@ struct kernel_table {
     void (*to_float16)(const float* in, float16* out, std::size_t count);
     void (*from_bfloat16)(const bfloat16* in, float* out, std::size_t count);
     void (*to_bfloat16)(const float* in, bfloat16* out, std::size_t count);
+
+    /// Attention by small tables.
+    const small_scan_kernels* small_scan;
 
     /// The loops for one weight type.
     template <class Weight>

@@ -53,4 +53,5 @@ inline constexpr kernel_table kernels = {
     convert<float, float16>,
     convert<bfloat16, float>,
     convert<float, bfloat16>,
+    nullptr,
 };
