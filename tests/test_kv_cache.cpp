@@ -875,7 +875,7 @@ TEST_CASE("kv_cache: a bad RVQKV_SIMD is a failure of create, not an exception l
     const auto made = kv_cache::create(one_layer(codec, 1, codec, 1));
     ::setenv("RVQKV_SIMD", restored.c_str(), 1);  // an empty one counts as none
     REQUIRE_FALSE(made.ok());
-    CHECK(made.error().message == "RVQKV_SIMD=sse9: not one of generic, neon, avx2, avxvnni, avx512, avx512vnni");
+    CHECK(made.error().message == "RVQKV_SIMD=sse9: not one of generic, neon, avx2, avxvnni, avx512, avx512vnni, avx512vbmi");
     CHECK(kv_cache::create(one_layer(codec, 1, codec, 1)).ok());
 }
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: MIT
 /// @file
 /// Attention on codes of small codebooks (up to 256 codewords), straight from the pages: keys by tables of what each
-/// codeword adds to a score, values by tables of what it adds to a channel. The tables fit in registers and the L1 cache,
-/// and the codes are all that comes from memory.
+/// codeword adds to a score, values by tables of what it adds to a channel. The tables fit in registers and the L1
+/// cache, and the codes are all that comes from memory.
 #pragma once
 
 #include "rvqkv/attend/page_layout.hpp"
@@ -58,7 +58,8 @@ struct small_tables_shape {
     [[nodiscard]] static result<small_tables_shape> create(const codebook_shape& book, std::size_t weights,
                                                            std::size_t head_dim) {
         if (book.codewords == 0 || code_bits(book.codewords) > most_scan_bits) {
-            return error{error_code::unsupported, "small tables hold 1 to 256 codewords, not " + std::to_string(book.codewords)};
+            return error{error_code::unsupported,
+                         "small tables hold 1 to 256 codewords, not " + std::to_string(book.codewords)};
         }
         if (book.depths == 0 || book.depths > most_value_depths) {
             return error{error_code::unsupported, "small tables hold 1 to " + std::to_string(most_value_depths) +
@@ -70,14 +71,14 @@ struct small_tables_shape {
                                                            std::to_string(book.dim)};
         }
         if (weights != book.size()) {
-            return error{error_code::invalid_argument, "there are " + std::to_string(weights) + " weights, must be " +
-                                                           std::to_string(book.size())};
+            return error{error_code::invalid_argument,
+                         "there are " + std::to_string(weights) + " weights, must be " + std::to_string(book.size())};
         }
         return small_tables_shape{book, head_dim / book.dim, scan_slots(code_bits(book.codewords))};
     }
 
     /// Tiles that scans are called with, and look ahead.
-    static constexpr std::size_t most_tiles = 16;
+    static constexpr std::size_t most_tiles = scan_block;
     struct located {
         const std::byte* rows[2 * most_tiles];
         code_tiles tiles;
@@ -89,9 +90,10 @@ struct small_tables_shape {
         RVQKV_ASSERT(from.count <= most_tiles);
         const std::size_t ahead = std::min(from.ahead, most_tiles);
         for (std::size_t i = 0; i < from.count + ahead; ++i) {
-            to.rows[i] = from.tiles[i].page + layout.row(0, head, 0) + from.tiles[i].tile * scan_tile / 8 * layout.bits();
+            to.rows[i] =
+                from.tiles[i].page + layout.row(0, head, 0) + from.tiles[i].tile * scan_tile / 8 * layout.bits();
         }
-        to.tiles = {to.rows, from.count, ahead, layout.heads() * groups * layout.row_bytes(), layout.row_bytes(),
+        to.tiles = {to.rows, from.count, ahead,        layout.heads() * groups * layout.row_bytes(), layout.row_bytes(),
                     depths,  groups,     layout.bits()};
     }
 
@@ -102,7 +104,9 @@ struct small_tables_shape {
             return nullptr;
         }
         const std::size_t bytes = scan_tile * size_of(layout.scale_type());
-        const auto at = [&](std::size_t i) { return from.tiles[i].page + layout.scales(head) + from.tiles[i].tile * bytes; };
+        const auto at = [&](std::size_t i) {
+            return from.tiles[i].page + layout.scales(head) + from.tiles[i].tile * bytes;
+        };
         for (std::size_t i = from.count; i < std::min(2 * from.count, from.count + from.ahead); ++i) {
             for (std::size_t line = 0; line < bytes; line += 64) {
                 __builtin_prefetch(at(i) + line);
@@ -112,8 +116,12 @@ struct small_tables_shape {
             float* const out = scales + i * scan_tile;
             switch (layout.scale_type()) {
                 case dtype::float32: std::memcpy(out, at(i), bytes); break;
-                case dtype::float16: kernels.from_float16(reinterpret_cast<const float16*>(at(i)), out, scan_tile); break;
-                case dtype::bfloat16: kernels.from_bfloat16(reinterpret_cast<const bfloat16*>(at(i)), out, scan_tile); break;
+                case dtype::float16:
+                    kernels.from_float16(reinterpret_cast<const float16*>(at(i)), out, scan_tile);
+                    break;
+                case dtype::bfloat16:
+                    kernels.from_bfloat16(reinterpret_cast<const bfloat16*>(at(i)), out, scan_tile);
+                    break;
             }
         }
         return scales;
@@ -139,10 +147,10 @@ struct small_tables_shape {
 
 }  // namespace detail
 
-/// Scores of queries with the keys that codes stand for, by tables: `<query, codeword>` is worked out once for each place
-/// and codeword, rounded, and what is left for each token is to add up entries. Immutable; any number of threads may use one,
-/// each with scratch memory of its own.
-/// Numerics: an entry is rounded to 1/1848 of the widest table's range; the entries' sum is exact. Scores are the same bits
+/// Scores of queries with the keys that codes stand for, by tables: `<query, codeword>` is worked out once for each
+/// place and codeword, rounded, and what is left for each token is to add up entries. Immutable; any number of threads
+/// may use one, each with scratch memory of its own. Numerics: an entry is rounded to 1/1848 of the widest table's
+/// range; the entries' sum is exact. Scores are the same bits
 ///           at every SIMD level.
 class small_key_tables {
 public:
@@ -180,7 +188,9 @@ public:
     [[nodiscard]] std::size_t bytes() const noexcept { return book_.bytes(); }
 
     /// Bytes of scratch memory, aligned to 64, for so many queries.
-    [[nodiscard]] std::size_t scratch_bytes(std::size_t queries) const noexcept { return parts(nullptr, queries).bytes; }
+    [[nodiscard]] std::size_t scratch_bytes(std::size_t queries) const noexcept {
+        return parts(nullptr, queries).bytes;
+    }
 
     /// Makes the tables of `queries` queries `[queries, head_dim]`, channels in the codec's order, rows side by side.
     void prepare(const float* x, std::size_t queries, std::byte* scratch,
@@ -202,9 +212,9 @@ public:
         }
     }
 
-    /// `scores[i * stride + token]`, of query `i` with each token of the tiles, the token's scale included; by the first
-    /// `depths` depths. Scores of tokens that the page does not hold mean nothing, and may be NaN.
-    /// Preconditions: `prepare` filled the scratch memory for as many queries; the tiles' pages have this layout.
+    /// `scores[i * stride + token]`, of query `i` with each token of the tiles, the token's scale included; by the
+    /// first `depths` depths. Scores of tokens that the page does not hold mean nothing, and may be NaN. Preconditions:
+    /// `prepare` filled the scratch memory for as many queries; the tiles' pages have this layout.
     void scores(page_tiles tiles, const coded_layout& layout, std::size_t head, std::size_t depths, std::size_t queries,
                 float* scores, std::size_t stride, std::byte* scratch,
                 const kernel_table& kernels = best_kernels()) const noexcept {
@@ -249,7 +259,8 @@ private:
 };
 
 /// Sums of the values that codes stand for, times weights, by tables. Immutable, as `small_key_tables` is.
-/// Numerics: weights are rounded to 1/255 of the largest of sixteen; a value to bytes, or a sum of up to three bytes where
+/// Numerics: weights are rounded to 1/255 of the largest of sixteen; a value to bytes, or a sum of up to three bytes
+/// where
 ///           one step would lose more than `most_error`. Sums are the same bits at every SIMD level.
 class small_value_tables {
 public:
@@ -257,7 +268,9 @@ public:
     static constexpr float most_error = 0.008F;
 
     /// Whether there can be tables for such a codebook.
-    [[nodiscard]] static bool supports(const codebook_shape& shape) noexcept { return small_key_tables::supports(shape); }
+    [[nodiscard]] static bool supports(const codebook_shape& shape) noexcept {
+        return small_key_tables::supports(shape);
+    }
     /// @copydoc small_key_tables::create
     template <TensorElement Weight>
     [[nodiscard]] static result<small_value_tables> create(const codebook_shape& shape, std::span<const Weight> weights,
@@ -295,7 +308,8 @@ public:
     }
 
     /// Adds each token of the tiles, by its first `depths` depths, times its scale and `weights[row * stride + token]`.
-    /// Preconditions: `begin` came before; the tiles' pages have this layout; weights are not negative, and zero for tokens
+    /// Preconditions: `begin` came before; the tiles' pages have this layout; weights are not negative, and zero for
+    /// tokens
     ///                that the page does not hold.
     void add(page_tiles tiles, const coded_layout& layout, std::size_t head, std::size_t depths, const float* weights,
              std::size_t stride, std::size_t rows, std::byte* scratch,
@@ -308,11 +322,11 @@ public:
         tables.planes = planes_;
         std::copy_n(plane_ends_, most_value_planes, tables.plane_ends);
         tables.ratios = numbers_.data();
-        for (std::size_t first = 0; first < tiles.count; first += value_tiles) {
-            const page_tiles now = tiles.part(first, value_tiles);
+        for (std::size_t first = 0; first < tiles.count; first += scan_block) {
+            const page_tiles now = tiles.part(first, scan_block);
             detail::small_tables_shape::located located;
             shape_.locate(now, layout, head, depths, located);
-            alignas(64) float scales[value_tiles * scan_tile];
+            alignas(64) float scales[scan_block * scan_tile];
             const float* const scale = detail::small_tables_shape::load_scales(now, layout, head, kernels, scales);
             kernels.small_scan->round_weights(weights + first * scan_tile, stride, rows, now.count, scale, to.rounded,
                                               to.steps, to.totals + (depths - 1) * rows * value_lanes);
@@ -321,19 +335,11 @@ public:
     }
 
     /// Multiplies each row's sums by its factor.
-    void rescale(const float* factors, std::size_t rows, std::byte* scratch) const noexcept {
+    void rescale(const float* factors, std::size_t rows, std::byte* scratch,
+                 const kernel_table& kernels = best_kernels()) const noexcept {
         const scratch_parts to = parts(scratch, rows);
-        const auto multiply = [&](float* numbers, std::size_t count) {
-            for (std::size_t i = 0; i < count; ++i) {
-                for (std::size_t row = 0; row < rows; ++row, numbers += value_lanes) {
-                    for (std::size_t lane = 0; lane < value_lanes; ++lane) {
-                        numbers[lane] *= factors[row];
-                    }
-                }
-            }
-        };
-        multiply(to.sums, channels());
-        multiply(to.totals, shape_.book.depths);
+        kernels.small_scan->multiply_rows(to.sums, channels(), rows, factors);
+        kernels.small_scan->multiply_rows(to.totals, shape_.book.depths, rows, factors);
     }
 
     /// Writes the sums, `[rows, head_dim]`, channels in the codec's order. The scratch memory stays as it is.
@@ -379,8 +385,8 @@ private:
         made.totals = memory.take<float>(shape_.book.depths * rows * value_lanes);
         made.out = memory.take<float>(channels() * rows);
         made.weights = memory.take<float>(shape_.book.depths * rows);
-        made.steps = memory.take<float>(rows * value_lanes);
-        made.rounded = memory.take<std::uint8_t>(rows * value_tiles * scan_tile);
+        made.steps = memory.take<float>(scan_block / scan_quad * rows * value_lanes);
+        made.rounded = memory.take<std::uint8_t>(scan_block * rows * scan_tile);
         made.bytes = memory.used();
         return made;
     }

@@ -28,8 +28,8 @@ enum class simd_level {
     avx512vnni,  ///< AVX-512 with VNNI: integer dot products (Intel Cascade Lake).
     avx512vbmi,  ///< AVX-512 with VNNI and VBMI: byte permutations (Intel Ice Lake, AMD Zen 4).
 };
-inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level::neon,   simd_level::avx2,
-                                                 simd_level::avxvnni, simd_level::avx512, simd_level::avx512vnni,
+inline constexpr simd_level all_simd_levels[] = {simd_level::generic,   simd_level::neon,   simd_level::avx2,
+                                                 simd_level::avxvnni,   simd_level::avx512, simd_level::avx512vnni,
                                                  simd_level::avx512vbmi};
 
 [[nodiscard]] constexpr std::string_view name_of(simd_level level) noexcept {
@@ -115,8 +115,9 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
             }
             return level;
         }
-        return error{error_code::invalid_argument, std::string("RVQKV_SIMD=") + wanted +
-                                                       ": not one of generic, neon, avx2, avxvnni, avx512, avx512vnni, avx512vbmi"};
+        return error{error_code::invalid_argument,
+                     std::string("RVQKV_SIMD=") + wanted +
+                         ": not one of generic, neon, avx2, avxvnni, avx512, avx512vnni, avx512vbmi"};
     }
     return best_available_level();
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include "rvqkv/core/config.hpp"
+#include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 
 #if RVQKV_X86
@@ -236,6 +237,8 @@ inline __m128i sum_each(const ireg* four) {
     const ireg both = _mm256_hadd_epi32(_mm256_hadd_epi32(four[0], four[1]), _mm256_hadd_epi32(four[2], four[3]));
     return _mm_add_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
 }
+
+using generic::small_scan;
 
 #include "rvqkv/simd/kernels.inl"
 

@@ -5,6 +5,7 @@
 
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/simd/avx2.hpp"
+#include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 
 #if RVQKV_X86
@@ -239,6 +240,8 @@ inline __m128i sum_each(const ireg* four) {
                                           _mm512_maskz_extracti32x8_epi32(0xff, both, 1));
     return _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
 }
+
+using generic::small_scan;
 
 #include "rvqkv/simd/kernels.inl"
 

@@ -82,7 +82,7 @@ inline reg max_of_quads(reg value) {
 }
 /// Every fourth number.
 inline void store_quads(float* to, reg value) {
-    _mm_storeu_ps(to, _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, value)));
+    _mm_storeu_ps(to, _mm512_maskz_extractf32x4_ps(0xf, _mm512_maskz_compress_ps(0x1111, value), 0));
 }
 inline void store(std::uint8_t* to, ireg value) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtusepi32_epi8(all, value));
@@ -100,21 +100,36 @@ using avx512::keep;
 using avx512::load;
 using avx512::store;
 
-/// 64 codes of up to eight bits to bytes: eight codes are as many bytes as they have bits, moved to a lane of their own.
+/// Where each of 64 packed codes lies: the byte that becomes its own, of the eight that hold it and its neighbours, and
+/// the bit of those eight at which it begins.
+struct code_places {
+    std::uint8_t bytes[64];
+    std::uint8_t shifts[64];
+};
+struct code_places_of_bits {
+    alignas(64) code_places of[most_scan_bits + 1];
+};
+inline constexpr code_places_of_bits code_places_table = [] {
+    code_places_of_bits table{};
+    for (unsigned bits = 1; bits <= most_scan_bits; ++bits) {
+        for (unsigned i = 0; i < 64; ++i) {
+            table.of[bits].bytes[i] = static_cast<std::uint8_t>(i / 8 * bits + i % 8);
+            table.of[bits].shifts[i] = static_cast<std::uint8_t>(i % 8 * bits);
+        }
+    }
+    return table;
+}();
+
+/// 64 codes of up to eight bits to bytes: eight codes are as many bytes as they have bits, moved to a lane of their
+/// own.
 class unpacker {
 public:
     explicit unpacker(unsigned bits)
-        : row_((bits == 8 ? 0 : __mmask64{1} << (8 * bits)) - 1), code_(_mm512_set1_epi8(static_cast<char>((1U << bits) - 1U))) {
-        alignas(64) std::uint8_t bytes[64];
-        alignas(64) std::uint8_t shifts[64];
-        for (unsigned i = 0; i < 64; ++i) {
-            bytes[i] = static_cast<std::uint8_t>(i / 8 * bits + i % 8);
-            shifts[i] = static_cast<std::uint8_t>(i % 8 * bits);
-        }
-        bytes_ = load_bytes(bytes);
-        shifts_ = load_bytes(shifts);
-    }
-    void unpack(const std::byte* row, std::uint8_t* codes) const {
+        : row_((bits == 8 ? 0 : __mmask64{1} << (8 * bits)) - 1),
+          code_(_mm512_set1_epi8(static_cast<char>((1U << bits) - 1U))),
+          bytes_(load_bytes(code_places_table.of[bits].bytes)),
+          shifts_(load_bytes(code_places_table.of[bits].shifts)) {}
+    __attribute__((always_inline)) void unpack(const std::byte* row, std::uint8_t* codes) const {
         const breg packed = _mm512_maskz_loadu_epi8(row_, row);
         const breg spread = _mm512_maskz_permutexvar_epi8(all_bytes, bytes_, packed);
         store_bytes(codes, _mm512_and_si512(_mm512_maskz_multishift_epi64_epi8(all_bytes, shifts_, spread), code_));

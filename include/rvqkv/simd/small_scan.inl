@@ -9,11 +9,12 @@
 //   load_words(uint16_t*): as floats;   add_products(ireg&, breg weights, breg values): dot products of four bytes
 //   max, multiply, divide, max_of_quads, where_nonzero(weights, values), store(uint8_t*, ireg)
 
-inline constexpr std::size_t scan_quad = 4;                        // tiles that are unpacked at once
 inline constexpr std::size_t quad_tokens = scan_quad * scan_tile;
-inline constexpr std::size_t scan_groups = 16;                     // whose codes stand unpacked
-inline constexpr std::size_t scan_quads = 4;                       // through which a depth's tables stay in L1
-inline constexpr std::size_t scan_queries = 8;                     // whose sums stand on the stack
+inline constexpr std::size_t scan_groups = 16;  // whose codes stand unpacked
+// How far ahead codes are prefetched. A quad of keys takes a few hundred nanoseconds for each depth.
+inline constexpr std::size_t key_quads_ahead = 2;
+inline constexpr std::size_t value_quads_ahead = 1;
+inline constexpr std::size_t scan_queries = 8;  // whose sums stand on the stack
 
 inline void prefetch(const std::byte* from) {
     __builtin_prefetch(from);
@@ -21,8 +22,8 @@ inline void prefetch(const std::byte* from) {
 
 /// Products of one group's channels with all codewords of a depth, `Registers` registers of them at a time.
 template <int Registers>
-RVQKV_ALWAYS_INLINE void multiply_codewords(const float* channels, const float* book, std::size_t dim, std::size_t slots,
-                                            float* products, reg& highest, reg& lowest) {
+RVQKV_ALWAYS_INLINE void multiply_codewords(const float* channels, const float* book, std::size_t dim,
+                                            std::size_t slots, float* products, reg& highest, reg& lowest) {
     const float zero = 0.0F;
     for (std::size_t c = 0; c < slots; c += Registers * lanes) {
         reg value[Registers];
@@ -90,8 +91,8 @@ inline void fill_scores(const float* query, const float* book, std::size_t depth
             const std::size_t place = depth * groups + g;
             const float offset = -lows[place] * inverse;
             for (std::size_t c = 0; c < slots; c += lanes) {
-                const reg entry =
-                    to_floats(to_integers(fma(load(products + place * slots + c), broadcast(&inverse), broadcast(&offset))));
+                const reg entry = to_floats(
+                    to_integers(fma(load(products + place * slots + c), broadcast(&inverse), broadcast(&offset))));
                 const ireg high = to_integers(fma(entry, broadcast(&per_base), broadcast(&middle)));
                 store(table + c, to_integers(fma(to_floats(high), broadcast(&minus_base), entry)));
                 store(table + slots + c, high);
@@ -114,8 +115,8 @@ RVQKV_ALWAYS_INLINE void look_up(const std::uint8_t* table, const std::uint8_t* 
     }
 }
 
-/// Adds one query's entries of `groups` groups to the sums of a quad: of even tokens, with 256 times the odd ones' on top,
-/// and of odd tokens, register by register. `next` is where rows of another quad begin.
+/// Adds one query's entries of `groups` groups to the sums of a quad: of even tokens, with 256 times the odd ones' on
+/// top, and of odd tokens, register by register. `next` is where rows of another quad begin.
 template <int Slots>
 inline void add_entries(const std::uint8_t* table, const std::uint8_t* codes, std::size_t groups, const std::byte* next,
                         std::size_t next_stride, std::uint16_t* sums) {
@@ -181,10 +182,10 @@ inline void finish_scores(const std::uint16_t* sums, std::size_t tokens, const f
 /// The quad that is read two steps after `quad` of `depth` of the block from tile `first`.
 inline void rows_ahead(const code_tiles& tiles, std::size_t first, std::size_t in_block, std::size_t depth,
                        std::size_t quad, std::size_t group, const std::byte* (&next)[scan_quad]) {
-    std::size_t tile = quad + 2 * scan_quad;
+    std::size_t tile = quad + key_quads_ahead * scan_quad;
     std::size_t of_depth = depth;
     if (tile >= in_block) {
-        tile -= in_block < 2 * scan_quad ? tile : (in_block + scan_quad - 1) / scan_quad * scan_quad;
+        tile -= in_block < key_quads_ahead * scan_quad ? tile : (in_block + scan_quad - 1) / scan_quad * scan_quad;
         ++of_depth;
     }
     if (of_depth == tiles.depths) {
@@ -193,14 +194,15 @@ inline void rows_ahead(const code_tiles& tiles, std::size_t first, std::size_t i
     }
     for (std::size_t k = 0; k < scan_quad; ++k) {
         const std::size_t wanted = first + tile + k;
-        next[k] = wanted < tiles.count + tiles.ahead ? tiles.row(wanted, of_depth, group) : tiles.row(first, depth, group);
+        next[k] =
+            wanted < tiles.count + tiles.ahead ? tiles.row(wanted, of_depth, group) : tiles.row(first, depth, group);
     }
 }
 
 template <int Slots>
 inline void scan_scores_of(const code_tiles& tiles, const score_tables& tables, const float* scales, float* scores,
                            std::size_t stride) {
-    constexpr std::size_t block = scan_quads * scan_quad;
+    constexpr std::size_t block = scan_block;
     const unpacker codes_of(tiles.bits);
     for (std::size_t first = 0; first < tiles.count; first += block) {
         const std::size_t in_block = tiles.count - first < block ? tiles.count - first : block;
@@ -229,8 +231,7 @@ inline void scan_scores_of(const code_tiles& tiles, const score_tables& tables, 
                         }
                         for (std::size_t q = 0; q < queries; ++q) {
                             const std::uint8_t* const table =
-                                tables.digits +
-                                (((depth * tables.queries + q0 + q) * tiles.groups + g0) * 2) * Slots;
+                                tables.digits + (((depth * tables.queries + q0 + q) * tiles.groups + g0) * 2) * Slots;
                             add_entries<Slots>(table, codes, groups, next[q % scan_quad], tiles.group_stride,
                                                sums[q] + quad * scan_tile);
                         }
@@ -262,28 +263,34 @@ inline void round_weights(const float* weights, std::size_t stride, std::size_t 
     const float per_most = 1.0F / 255.0F;
     const float least = 1e-30F;
     const float zero = 0.0F;
-    for (std::size_t v = 0; v < rows; ++v, weights += stride, rounded += quad_tokens, steps += value_lanes) {
-        for (std::size_t i = 0; i < scan_tile; i += lanes) {
-            float* const total_at = totals + v * value_lanes + i % value_lanes;
-            reg total = load(total_at);
-            reg value[value_tiles];
-            reg largest_of = broadcast(&least);
-            for (std::size_t k = 0; k < value_tiles; ++k) {
-                const std::size_t at = k * scan_tile + i;
-                value[k] = k < tiles ? load(weights + at) : broadcast(&zero);
-                if (scales != nullptr && k < tiles) {
-                    value[k] = multiply_nonzero(value[k], load(scales + at));
+    for (std::size_t first = 0; first < tiles; first += scan_quad) {
+        const std::size_t in_quad = tiles - first < scan_quad ? tiles - first : scan_quad;
+        for (std::size_t v = 0; v < rows; ++v, rounded += quad_tokens, steps += value_lanes) {
+            const float* const row = weights + v * stride + first * scan_tile;
+            for (std::size_t i = 0; i < scan_tile; i += lanes) {
+                float* const total_at = totals + v * value_lanes + i % value_lanes;
+                reg total = load(total_at);
+                reg value[scan_quad];
+                reg highest = broadcast(&least);
+                RVQKV_UNROLL
+                for (std::size_t k = 0; k < scan_quad; ++k) {
+                    const std::size_t at = k * scan_tile + i;
+                    value[k] = k < in_quad ? load(row + at) : broadcast(&zero);
+                    if (scales != nullptr && k < in_quad) {
+                        value[k] = multiply_nonzero(value[k], load(scales + first * scan_tile + at));
+                    }
+                    total = add(total, value[k]);
+                    highest = max(value[k], highest);
                 }
-                total = add(total, value[k]);
-                largest_of = max(value[k], largest_of);
+                highest = max_of_quads(highest);
+                const reg inverse = divide(broadcast(&most), highest);
+                RVQKV_UNROLL
+                for (std::size_t k = 0; k < scan_quad; ++k) {
+                    store(rounded + k * scan_tile + i, to_integers(multiply(value[k], inverse)));
+                }
+                store_quads(steps + i / 4, multiply(highest, broadcast(&per_most)));
+                store(total_at, total);
             }
-            largest_of = max_of_quads(largest_of);
-            const reg inverse = divide(broadcast(&most), largest_of);
-            for (std::size_t k = 0; k < value_tiles; ++k) {
-                store(rounded + k * scan_tile + i, to_integers(multiply(value[k], inverse)));
-            }
-            store_quads(steps + i / 4, multiply(largest_of, broadcast(&per_most)));
-            store(total_at, total);
         }
     }
 }
@@ -291,12 +298,12 @@ inline void round_weights(const float* weights, std::size_t stride, std::size_t 
 /// The entries of the depths [depth, end) added up, for `Channels` channels.
 template <int Slots, int Channels>
 RVQKV_ALWAYS_INLINE void add_plane(const std::int8_t* table, std::size_t depth_size, std::size_t depth, std::size_t end,
-                                   const std::uint8_t* codes, breg (&value)[Channels][value_tiles]) {
+                                   const std::uint8_t* codes, breg (&value)[Channels][scan_quad]) {
     if (depth == end) {
         RVQKV_UNROLL
         for (int c = 0; c < Channels; ++c) {
             RVQKV_UNROLL
-            for (std::size_t k = 0; k < value_tiles; ++k) {
+            for (std::size_t k = 0; k < scan_quad; ++k) {
                 value[c][k] = broadcast_words(0);
             }
         }
@@ -308,7 +315,7 @@ RVQKV_ALWAYS_INLINE void add_plane(const std::int8_t* table, std::size_t depth_s
     for (int c = 0; c < Channels; ++c) {
         const small_table<Slots> entries(table + c * Slots);
         RVQKV_UNROLL
-        for (std::size_t k = 0; k < value_tiles; ++k) {
+        for (std::size_t k = 0; k < scan_quad; ++k) {
             value[c][k] = entries.at(load_bytes(codes + k * scan_tile));
         }
     }
@@ -319,7 +326,7 @@ RVQKV_ALWAYS_INLINE void add_plane(const std::int8_t* table, std::size_t depth_s
         for (int c = 0; c < Channels; ++c) {
             const small_table<Slots> entries(table + c * Slots);
             RVQKV_UNROLL
-            for (std::size_t k = 0; k < value_tiles; ++k) {
+            for (std::size_t k = 0; k < scan_quad; ++k) {
                 value[c][k] = add_bytes(value[c][k], entries.at(load_bytes(codes + k * scan_tile)));
             }
         }
@@ -328,7 +335,7 @@ RVQKV_ALWAYS_INLINE void add_plane(const std::int8_t* table, std::size_t depth_s
 
 /// Adds the products of `Channels` channels with `Rows` rows of weights.
 template <int Planes, int Channels, int Rows>
-RVQKV_ALWAYS_INLINE void add_rows(const breg (&value)[Planes][Channels][value_tiles], const std::uint8_t* weights,
+RVQKV_ALWAYS_INLINE void add_rows(const breg (&value)[Planes][Channels][scan_quad], const std::uint8_t* weights,
                                   const float* steps, const float* ratios, std::size_t dim, float* sums,
                                   std::size_t channel_step) {
     ireg products[Planes][Channels][Rows];
@@ -343,10 +350,11 @@ RVQKV_ALWAYS_INLINE void add_rows(const breg (&value)[Planes][Channels][value_ti
         }
     }
     RVQKV_UNROLL
-    for (int k = 0; k < static_cast<int>(value_tiles); ++k) {
+    for (int k = 0; k < static_cast<int>(scan_quad); ++k) {
         RVQKV_UNROLL
         for (int v = 0; v < Rows; ++v) {
-            const breg weight = load_bytes(weights + (v * static_cast<int>(value_tiles) + k) * static_cast<int>(scan_tile));
+            const breg weight =
+                load_bytes(weights + (v * static_cast<int>(scan_quad) + k) * static_cast<int>(scan_tile));
             RVQKV_UNROLL
             for (int p = 0; p < Planes; ++p) {
                 RVQKV_UNROLL
@@ -380,7 +388,7 @@ inline void add_group(const std::uint8_t* codes, const std::int8_t* entries, con
     const std::size_t depth_size = dim * Slots;
     for (std::size_t j = 0; j < dim; j += Channels) {
         for (std::size_t at = 0; at < scan_tile; at += static_cast<std::size_t>(byte_lanes)) {
-            breg value[Planes][Channels][value_tiles];
+            breg value[Planes][Channels][scan_quad];
             add_plane<Slots, Channels>(entries, depth_size, 0, ends[0], codes + at, value[0]);
             if constexpr (Planes > 1) {
                 add_plane<Slots, Channels>(entries, depth_size, ends[0], ends[1], codes + at, value[1]);
@@ -390,12 +398,14 @@ inline void add_group(const std::uint8_t* codes, const std::int8_t* entries, con
             }
             std::size_t row = 0;
             for (; row + 2 <= rows; row += 2) {
-                add_rows<Planes, Channels, 2>(value, weights + row * quad_tokens + at, steps + row * value_lanes + at / 4,
-                                              ratios, dim, sums + row * value_lanes + at / 4, channel_step);
+                add_rows<Planes, Channels, 2>(value, weights + row * quad_tokens + at,
+                                              steps + row * value_lanes + at / 4, ratios, dim,
+                                              sums + row * value_lanes + at / 4, channel_step);
             }
             if (row < rows) {
-                add_rows<Planes, Channels, 1>(value, weights + row * quad_tokens + at, steps + row * value_lanes + at / 4,
-                                              ratios, dim, sums + row * value_lanes + at / 4, channel_step);
+                add_rows<Planes, Channels, 1>(value, weights + row * quad_tokens + at,
+                                              steps + row * value_lanes + at / 4, ratios, dim,
+                                              sums + row * value_lanes + at / 4, channel_step);
             }
         }
         entries += Channels * Slots;
@@ -404,36 +414,41 @@ inline void add_group(const std::uint8_t* codes, const std::int8_t* entries, con
     }
 }
 
-/// Adds up to `value_tiles` tiles.
+/// Adds all tiles, a quad at a time.
 template <int Slots, int Planes, int Channels>
 inline void add_values_of(const code_tiles& tiles, const value_tables& tables, std::size_t rows,
                           const std::uint8_t* weights, const float* steps, float* sums) {
     const unpacker codes_of(tiles.bits);
-    const std::byte* now[value_tiles];
-    const std::byte* next[value_tiles];
-    for (std::size_t k = 0; k < value_tiles; ++k) {
-        now[k] = tiles.rows[k < tiles.count ? k : 0];
-        next[k] = k < tiles.ahead ? tiles.rows[tiles.count + k] : now[k];
-    }
     const std::size_t depths = tiles.depths;
     const std::size_t depth_stride = tiles.depth_stride;
+    const std::size_t groups = tiles.groups;
     std::size_t ends[most_value_planes];
     for (std::size_t p = 0; p < most_value_planes; ++p) {
         ends[p] = tables.plane_ends[p] < depths ? tables.plane_ends[p] : depths;
     }
-    const std::size_t groups = tiles.groups;
-    for (std::size_t g = 0; g < groups; ++g) {
-        alignas(64) std::uint8_t codes[most_value_depths * quad_tokens];
-        std::size_t row = g * tiles.group_stride;
-        for (std::size_t depth = 0; depth < depths; ++depth, row += depth_stride) {
-            RVQKV_UNROLL
-            for (std::size_t k = 0; k < value_tiles; ++k) {
-                codes_of.unpack(now[k] + row, codes + depth * quad_tokens + k * scan_tile);
-                prefetch(next[k] + row);
-            }
+    for (std::size_t first = 0; first < tiles.count; first += scan_quad) {
+        const std::byte* now[scan_quad];
+        const std::byte* next[scan_quad];
+        for (std::size_t k = 0; k < scan_quad; ++k) {
+            now[k] = tiles.rows[first + k < tiles.count ? first + k : first];
+            const std::size_t ahead = first + k + value_quads_ahead * scan_quad;
+            next[k] = ahead < tiles.count + tiles.ahead ? tiles.rows[ahead] : now[k];
         }
-        add_group<Slots, Planes, Channels>(codes, tables.entries, ends, tables.dim, tables.ratios, rows, weights, steps,
-                                           sums + g * tables.dim * rows * value_lanes);
+        for (std::size_t g = 0; g < groups; ++g) {
+            alignas(64) std::uint8_t codes[most_value_depths * quad_tokens];
+            std::size_t row = g * tiles.group_stride;
+            for (std::size_t depth = 0; depth < depths; ++depth, row += depth_stride) {
+                RVQKV_UNROLL
+                for (std::size_t k = 0; k < scan_quad; ++k) {
+                    codes_of.unpack(now[k] + row, codes + depth * quad_tokens + k * scan_tile);
+                    prefetch(next[k] + row);
+                }
+            }
+            add_group<Slots, Planes, Channels>(codes, tables.entries, ends, tables.dim, tables.ratios, rows, weights,
+                                               steps, sums + g * tables.dim * rows * value_lanes);
+        }
+        weights += rows * quad_tokens;
+        steps += rows * value_lanes;
     }
 }
 
@@ -471,4 +486,16 @@ inline void add_lanes(const float* sums, std::size_t count, float* out) {
     }
 }
 
-inline constexpr small_scan_kernels small_scan = {fill_scores, scan_scores, round_weights, add_values, add_lanes};
+inline void multiply_rows(float* sums, std::size_t count, std::size_t rows, const float* factors) {
+    for (std::size_t i = 0; i < count; ++i) {
+        for (std::size_t v = 0; v < rows; ++v, sums += value_lanes) {
+            const reg factor = broadcast(factors + v);
+            for (std::size_t lane = 0; lane < value_lanes; lane += lanes) {
+                store(sums + lane, multiply(factor, load(sums + lane)));
+            }
+        }
+    }
+}
+
+inline constexpr small_scan_kernels small_scan = {fill_scores, scan_scores,   round_weights,
+                                                  add_values,  multiply_rows, add_lanes};
