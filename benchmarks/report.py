@@ -14,8 +14,8 @@ from shapes import sizes_of
 from targets import target_rows
 
 CEILINGS = ("fma_peak", "memory_read")
-LEVELS = ("generic", "neon", "avx2", "avxvnni", "avx512", "avx512vnni")
-FLOAT32_OF = {"avxvnni": "avx2", "avx512vnni": "avx512"}  # what integer levels are compared with
+LEVELS = ("generic", "neon", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi")
+FLOAT32_OF = {"avxvnni": "avx2", "avx512vnni": "avx512", "avx512vbmi": "avx512"}  # what integer levels are compared with
 
 
 def level_order(level: str) -> tuple[int, str]:

@@ -129,7 +129,7 @@ TEST_CASE("integer_copies: only large codebooks have them, where the process sea
     using rvqkv::integer_copies;
     using rvqkv::simd_level;
     const simd_level level = rvqkv::choose_simd_level().value();
-    const bool wide = level == simd_level::avxvnni || level == simd_level::avx512vnni;
+    const bool wide = level == simd_level::avxvnni || level >= simd_level::avx512vnni;
     const bool narrow = level == simd_level::avx2 || level == simd_level::avx512;
     CAPTURE(rvqkv::name_of(level));
     CHECK(integer_copies::coarse_bits() == (wide ? 8U : narrow ? 7U : 0U));

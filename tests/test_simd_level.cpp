@@ -46,6 +46,7 @@ TEST_CASE("simd_level: every level has its own name", "[simd][unit]") {
     CHECK(rvqkv::name_of(rvqkv::simd_level::avxvnni) == "avxvnni");
     CHECK(rvqkv::name_of(rvqkv::simd_level::avx512) == "avx512");
     CHECK(rvqkv::name_of(rvqkv::simd_level::avx512vnni) == "avx512vnni");
+    CHECK(rvqkv::name_of(rvqkv::simd_level::avx512vbmi) == "avx512vbmi");
     CHECK(rvqkv::name_of(static_cast<rvqkv::simd_level>(77)) == "unknown");
 }
 
@@ -69,11 +70,16 @@ TEST_CASE("is_available: generic is everywhere, the others where their machine i
         CHECK(rvqkv::is_available(rvqkv::simd_level::avx512));
         CHECK(__builtin_cpu_supports("avx512vnni") != 0);
     }
+    if (rvqkv::is_available(rvqkv::simd_level::avx512vbmi)) {
+        CHECK(rvqkv::is_available(rvqkv::simd_level::avx512vnni));
+        CHECK(__builtin_cpu_supports("avx512vbmi") != 0);
+    }
 #else
     CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx2));
     CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avxvnni));
     CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx512));
     CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx512vnni));
+    CHECK_FALSE(rvqkv::is_available(rvqkv::simd_level::avx512vbmi));
 #endif
 #if RVQKV_NEON
     CHECK(rvqkv::is_available(rvqkv::simd_level::neon));
@@ -117,7 +123,7 @@ TEST_CASE("choose_simd_level: refuses a name that is no level", "[simd][unit]") 
         REQUIRE_FALSE(chosen.ok());
         CHECK(chosen.error().code == rvqkv::error_code::invalid_argument);
         CHECK(chosen.error().message ==
-              "RVQKV_SIMD=" + name + ": not one of generic, neon, avx2, avxvnni, avx512, avx512vnni");
+              "RVQKV_SIMD=" + name + ": not one of generic, neon, avx2, avxvnni, avx512, avx512vnni, avx512vbmi");
     }
 }
 

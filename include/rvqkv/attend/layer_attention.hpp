@@ -8,6 +8,7 @@
 #include "rvqkv/attend/large_tables.hpp"
 #include "rvqkv/attend/layer_config.hpp"
 #include "rvqkv/attend/page_layout.hpp"
+#include "rvqkv/attend/small_readers.hpp"
 #include "rvqkv/attend/tile_reader.hpp"
 #include "rvqkv/attend/tile_rope.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
@@ -168,6 +169,20 @@ private:
 
     /// The quicker readers that there are for the codecs' shapes.
     [[nodiscard]] status make_tables() {
+        if (detail::small_tables_pay(*parts_.key_codec, *parts_.kernels) && parts_.coding != key_coding::before_rope) {
+            auto tables = small_key_reader::create(*parts_.key_codec, *parts_.kernels);
+            if (!tables) {
+                return tables.error();
+            }
+            parts_.key_tables = std::move(tables).value();
+        }
+        if (detail::small_tables_pay(*parts_.value_codec, *parts_.kernels)) {
+            auto tables = small_value_reader::create(*parts_.value_codec, *parts_.kernels);
+            if (!tables) {
+                return tables.error();
+            }
+            parts_.value_tables = std::move(tables).value();
+        }
         if (large_key_tables::supports(parts_.key_codec->shape()) && parts_.coding != key_coding::before_rope) {
             auto tables = large_key_tables::create(parts_.key_codec, *parts_.kernels);
             if (!tables) {

@@ -8,6 +8,7 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/simd/attention_kernels.hpp"
 
+#include <algorithm>
 #include <cstddef>
 
 RVQKV_NAMESPACE_BEGIN
@@ -23,6 +24,12 @@ struct page_tiles {
     const page_tile* tiles = nullptr;  ///< `[count + ahead]`
     std::size_t count = 0;
     std::size_t ahead = 0;  ///< Tiles that will be read after these: prefetched, not read.
+
+    /// What is left from tile `first` on, of which `most` are read now.
+    [[nodiscard]] page_tiles part(std::size_t first, std::size_t most) const noexcept {
+        const std::size_t now = std::min(count - first, most);
+        return {tiles + first, now, count + ahead - first - now};
+    }
 };
 
 /// Tiles of codes of one head.

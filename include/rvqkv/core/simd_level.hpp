@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file
 /// Instruction sets that the kernels know, what this machine has, and the environment variable `RVQKV_SIMD` that caps
-/// the choice (`generic`, `neon`, `avx2`, `avxvnni`, `avx512`, `avx512vnni`).
+/// the choice (`generic`, `neon`, `avx2`, `avxvnni`, `avx512`, `avx512vnni`, `avx512vbmi`).
 #pragma once
 
 #include "rvqkv/core/config.hpp"
@@ -25,10 +25,12 @@ enum class simd_level {
     avx2,        ///< AVX2, FMA and F16C (Intel Haswell, AMD Zen).
     avxvnni,     ///< AVX2 with AVX-VNNI: integer dot products (Intel Alder Lake, AMD Zen 5).
     avx512,      ///< AVX-512 F, BW, DQ and VL (Intel Skylake-SP).
-    avx512vnni,  ///< AVX-512 with VNNI: integer dot products (Intel Ice Lake, AMD Zen 4).
+    avx512vnni,  ///< AVX-512 with VNNI: integer dot products (Intel Cascade Lake).
+    avx512vbmi,  ///< AVX-512 with VNNI and VBMI: byte permutations (Intel Ice Lake, AMD Zen 4).
 };
-inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level::neon,   simd_level::avx2,
-                                                 simd_level::avxvnni, simd_level::avx512, simd_level::avx512vnni};
+inline constexpr simd_level all_simd_levels[] = {simd_level::generic,   simd_level::neon,   simd_level::avx2,
+                                                 simd_level::avxvnni,   simd_level::avx512, simd_level::avx512vnni,
+                                                 simd_level::avx512vbmi};
 
 [[nodiscard]] constexpr std::string_view name_of(simd_level level) noexcept {
     switch (level) {
@@ -38,6 +40,7 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
         case simd_level::avxvnni: return "avxvnni";
         case simd_level::avx512: return "avx512";
         case simd_level::avx512vnni: return "avx512vnni";
+        case simd_level::avx512vbmi: return "avx512vbmi";
     }
     return "unknown";
 }
@@ -51,7 +54,8 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
         case simd_level::avx2:
         case simd_level::avxvnni:
         case simd_level::avx512:
-        case simd_level::avx512vnni: {
+        case simd_level::avx512vnni:
+        case simd_level::avx512vbmi: {
             // The builtin also asks the operating system (XCR0); it has no name for F16C on every compiler.
             unsigned eax = 0;
             unsigned ebx = 0;
@@ -69,13 +73,18 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
             const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") != 0 &&
                                 __builtin_cpu_supports("avx512bw") != 0 && __builtin_cpu_supports("avx512dq") != 0 &&
                                 __builtin_cpu_supports("avx512vl") != 0;
-            return level == simd_level::avx512 ? avx512 : avx512 && __builtin_cpu_supports("avx512vnni") != 0;
+            if (level == simd_level::avx512) {
+                return avx512;
+            }
+            const bool vnni = avx512 && __builtin_cpu_supports("avx512vnni") != 0;
+            return level == simd_level::avx512vnni ? vnni : vnni && __builtin_cpu_supports("avx512vbmi") != 0;
         }
 #else
         case simd_level::avx2:
         case simd_level::avxvnni:
         case simd_level::avx512:
-        case simd_level::avx512vnni: return false;
+        case simd_level::avx512vnni:
+        case simd_level::avx512vbmi: return false;
 #endif
     }
     return false;
@@ -106,8 +115,9 @@ inline constexpr simd_level all_simd_levels[] = {simd_level::generic, simd_level
             }
             return level;
         }
-        return error{error_code::invalid_argument, std::string("RVQKV_SIMD=") + wanted +
-                                                       ": not one of generic, neon, avx2, avxvnni, avx512, avx512vnni"};
+        return error{error_code::invalid_argument,
+                     std::string("RVQKV_SIMD=") + wanted +
+                         ": not one of generic, neon, avx2, avxvnni, avx512, avx512vnni, avx512vbmi"};
     }
     return best_available_level();
 }

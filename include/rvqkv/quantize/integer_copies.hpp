@@ -39,7 +39,8 @@ public:
             case simd_level::avx2:
             case simd_level::avx512: return 7;
             case simd_level::avxvnni:
-            case simd_level::avx512vnni: return 8;
+            case simd_level::avx512vnni:
+            case simd_level::avx512vbmi: return 8;
         }
         return 0;
     }

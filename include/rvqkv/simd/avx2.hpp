@@ -4,6 +4,7 @@
 #pragma once
 
 #include "rvqkv/core/config.hpp"
+#include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 
 #if RVQKV_X86
@@ -324,6 +325,7 @@ inline void join(float* to, reg even, reg odd) {
     store(to, _mm256_permute2f128_ps(low, high, 0x20));
     store(to + lanes, _mm256_permute2f128_ps(low, high, 0x31));
 }
+using generic::small_scan;
 
 #include "rvqkv/simd/kernels.inl"
 

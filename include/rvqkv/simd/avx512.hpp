@@ -5,6 +5,7 @@
 
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/simd/avx2.hpp"
+#include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 
 #if RVQKV_X86
@@ -312,6 +313,7 @@ inline void join(float* to, reg even, reg odd) {
     store(to, _mm512_permutex2var_ps(even, places, odd));
     store(to + lanes, _mm512_permutex2var_ps(even, _mm512_add_epi32(places, _mm512_set1_epi32(8)), odd));
 }
+using generic::small_scan;
 
 #include "rvqkv/simd/kernels.inl"
 

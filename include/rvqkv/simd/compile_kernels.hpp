@@ -8,6 +8,7 @@
 #include "rvqkv/core/simd_level.hpp"
 #include "rvqkv/simd/avx2.hpp"
 #include "rvqkv/simd/avx512.hpp"
+#include "rvqkv/simd/avx512vbmi.hpp"
 #include "rvqkv/simd/avx512vnni.hpp"
 #include "rvqkv/simd/avxvnni.hpp"
 #include "rvqkv/simd/generic.hpp"
@@ -33,6 +34,7 @@ namespace detail {
         case simd_level::avxvnni: return avx2::vnni::kernels;
         case simd_level::avx512: return avx512::plain::kernels;
         case simd_level::avx512vnni: return avx512::vnni::kernels;
+        case simd_level::avx512vbmi: return avx512::vbmi::kernels;
 #endif
 #if RVQKV_NEON
         case simd_level::neon: return neon::kernels;

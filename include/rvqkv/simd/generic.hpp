@@ -7,10 +7,12 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/half.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
+#include "rvqkv/simd/small_scan.hpp"
 
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
@@ -278,6 +280,182 @@ inline Reg load_as(const T* from) {
 }
 
 inline constexpr bool has_lookup = false;
+
+// What follows is for the scans by small tables (`small_scan.inl`).
+
+inline constexpr int byte_lanes = 64;
+inline constexpr int scan_strips = 1;
+struct breg {
+    std::uint8_t lane[byte_lanes];
+};
+struct wreg {
+    std::uint16_t lane[byte_lanes / 2];
+};
+
+inline reg min(const reg& a, const reg& b) {
+    return select(greater(b, a), a, b);
+}
+/// `a * b`, and 0 where `a` is 0, whatever `b`.
+inline reg multiply_nonzero(const reg& a, const reg& b) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = a.lane[i] == 0.0F ? 0.0F : a.lane[i] * b.lane[i];
+    }
+    return value;
+}
+inline reg max_of_quads(const reg& value) {
+    reg most = value;
+    for (int i = 0; i < lanes; ++i) {
+        for (int j = i / 4 * 4; j < i / 4 * 4 + 4; ++j) {
+            most.lane[i] = value.lane[j] > most.lane[i] ? value.lane[j] : most.lane[i];
+        }
+    }
+    return most;
+}
+inline void store_quads(float* to, const reg& value) {
+    for (int i = 0; i < lanes; i += 4) {
+        to[i / 4] = value.lane[i];
+    }
+}
+inline float smallest(const reg& value) {
+    float least = value.lane[0];
+    for (const float lane : value.lane) {
+        least = lane < least ? lane : least;
+    }
+    return least;
+}
+/// To the nearest integer, even on ties; for magnitudes below 2^22.
+inline ireg to_integers(const reg& value) {
+    constexpr float magic = 0x1.8p23F;
+    ireg rounded;
+    for (int i = 0; i < lanes; ++i) {
+        rounded.lane[i] = std::bit_cast<std::int32_t>(value.lane[i] + magic) - std::bit_cast<std::int32_t>(magic);
+    }
+    return rounded;
+}
+inline reg to_floats(const ireg& value) {
+    reg floats;
+    for (int i = 0; i < lanes; ++i) {
+        floats.lane[i] = static_cast<float>(value.lane[i]);
+    }
+    return floats;
+}
+inline void store(std::uint8_t* to, const ireg& value) {
+    for (int i = 0; i < lanes; ++i) {
+        to[i] = static_cast<std::uint8_t>(value.lane[i]);
+    }
+}
+inline breg load_bytes(const void* from) {
+    breg value;
+    std::memcpy(value.lane, from, sizeof value);
+    return value;
+}
+inline void store_bytes(void* to, const breg& value) {
+    std::memcpy(to, value.lane, sizeof value);
+}
+inline const breg& keep(const breg& value) {
+    return value;
+}
+inline wreg as_words(const breg& value) {
+    return std::bit_cast<wreg>(value);
+}
+inline breg broadcast_words(std::int16_t from) {
+    wreg value;
+    for (std::uint16_t& lane : value.lane) {
+        lane = static_cast<std::uint16_t>(from);
+    }
+    return std::bit_cast<breg>(value);
+}
+inline breg add_bytes(const breg& a, const breg& b) {
+    breg value;
+    for (int i = 0; i < byte_lanes; ++i) {
+        value.lane[i] = static_cast<std::uint8_t>(a.lane[i] + b.lane[i]);
+    }
+    return value;
+}
+/// A function of each pair of words.
+template <class Function>
+inline breg for_words(const breg& a, const breg& b, Function function) {
+    wreg value = as_words(a);
+    const wreg other = as_words(b);
+    for (int i = 0; i < byte_lanes / 2; ++i) {
+        value.lane[i] =
+            static_cast<std::uint16_t>(function(std::uint32_t{value.lane[i]}, std::uint32_t{other.lane[i]}));
+    }
+    return std::bit_cast<breg>(value);
+}
+inline breg add_words(const breg& a, const breg& b) {
+    return for_words(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; });
+}
+inline breg subtract_words(const breg& a, const breg& b) {
+    return for_words(a, b, [](std::uint32_t x, std::uint32_t y) { return x - y; });
+}
+inline breg multiply_words(const breg& a, const breg& b) {
+    return for_words(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y; });
+}
+inline breg upper_bytes(const breg& words) {
+    return for_words(words, words, [](std::uint32_t x, std::uint32_t) { return x >> 8U; });
+}
+inline breg to_upper_bytes(const breg& words) {
+    return for_words(words, words, [](std::uint32_t x, std::uint32_t) { return x << 8U; });
+}
+inline void store_zipped(std::uint16_t* to, const breg& even, const breg& odd) {
+    for (int i = 0; i < byte_lanes / 2; ++i) {
+        to[2 * i] = as_words(even).lane[i];
+        to[2 * i + 1] = as_words(odd).lane[i];
+    }
+}
+inline reg load_words(const std::uint16_t* from) {
+    reg value;
+    for (int i = 0; i < lanes; ++i) {
+        value.lane[i] = static_cast<float>(from[i]);
+    }
+    return value;
+}
+inline void add_products(ireg& sums, const breg& weights, const breg& values) {
+    for (int i = 0; i < byte_lanes; ++i) {
+        sums.lane[i / 4] += weights.lane[i] * static_cast<std::int8_t>(values.lane[i]);
+    }
+}
+/// In the order in which registers of 16 and of 8 numbers are halved.
+inline float sum_of_lanes(const float* from) {
+    float half[8];
+    for (int i = 0; i < 8; ++i) {
+        half[i] = from[i] + from[i + 8];
+    }
+    for (int i = 0; i < 4; ++i) {
+        half[i] += half[i + 4];
+    }
+    return (half[0] + half[2]) + (half[1] + half[3]);
+}
+class unpacker {
+public:
+    explicit unpacker(unsigned bits) : bits_(bits) {}
+    void unpack(const std::byte* row, std::uint8_t* codes) const {
+        code_t unpacked[scan_tile];
+        unpack_codes(row, 0, scan_tile, bits_, unpacked);
+        for (std::size_t i = 0; i < scan_tile; ++i) {
+            codes[i] = static_cast<std::uint8_t>(unpacked[i]);
+        }
+    }
+
+private:
+    unsigned bits_;
+};
+template <int Slots>
+struct small_table {
+    const std::uint8_t* entries;
+    explicit small_table(const void* from) : entries(static_cast<const std::uint8_t*>(from)) {}
+    breg at(const breg& codes) const {
+        breg value;
+        for (int i = 0; i < byte_lanes; ++i) {
+            value.lane[i] = entries[codes.lane[i]];
+        }
+        return value;
+    }
+};
+
+#include "rvqkv/simd/small_scan.inl"
 
 #include "rvqkv/simd/kernels.inl"
 

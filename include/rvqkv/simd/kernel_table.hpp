@@ -9,6 +9,7 @@
 #include "rvqkv/core/half.hpp"
 #include "rvqkv/core/simd_level.hpp"
 #include "rvqkv/simd/attention_kernels.hpp"
+#include "rvqkv/simd/small_scan.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -115,6 +116,8 @@ struct kernel_table {
     void (*to_bfloat16)(const float* in, bfloat16* out, std::size_t count);
 
     attention_kernels attention;
+    /// Attention by small tables.
+    const small_scan_kernels* small_scan;
 
     /// The loops for one weight type.
     template <class Weight>

@@ -7,6 +7,7 @@
 //   broadcast, fma(a, b, c) = a * b + c rounded once, add, subtract, keep_greater, keep (in a register)
 //   transpose: turns four channels of `lanes` rows on their side
 //   tile_side, tile_sums: a tile of the search is at most that wide, and keeps at most that many registers of sums
+//   small_scan: its scans by small tables, or the portable ones
 //   several.inl uses greater, select, bits, tile_rows and tile_registers besides
 // No include guard: that is the point.
 
@@ -56,4 +57,5 @@ inline constexpr kernel_table kernels = {
     convert<bfloat16, float>,
     convert<float, bfloat16>,
     attention,
+    &small_scan,
 };

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "rvqkv/core/config.hpp"
+#include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 
 #if RVQKV_NEON
@@ -177,6 +178,8 @@ inline Reg load_as(const T* from) {
 }
 
 inline constexpr bool has_lookup = false;
+
+using generic::small_scan;
 
 #include "rvqkv/simd/kernels.inl"
 
