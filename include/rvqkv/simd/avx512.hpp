@@ -252,6 +252,10 @@ inline constexpr int query_side = 4;
 inline constexpr int value_queries = 4;
 inline constexpr int value_side = 4;
 inline void unpack_tile(const std::byte* packed, unsigned bits, code_t* codes) {
+    if (bits < 4) {
+        avx2::unpack_tile(packed, bits, codes);
+        return;
+    }
     // Sixteen codes are `bits` words of 16 bits. Each code lies in two neighbouring ones, shifted.
     const __m512i begins = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
                                               _mm512_set1_epi32(static_cast<int>(bits)));
@@ -260,10 +264,13 @@ inline void unpack_tile(const std::byte* packed, unsigned bits, code_t* codes) {
                          _mm512_set1_epi32(0x10000));
     const __m512i shifts = _mm512_and_si512(begins, _mm512_set1_epi32(15));
     const __m512i ones = _mm512_set1_epi32((1 << bits) - 1);
-    const __mmask16 wanted = static_cast<__mmask16>((1U << bits) - 1U);
-    for (std::size_t first = 0; first < tile_tokens; first += 16, packed += std::size_t{2} * bits) {
-        const __m256i some = _mm256_maskz_loadu_epi16(wanted, packed);
-        const __m512i pairs = _mm512_maskz_permutexvar_epi16(0xffffffffU, words, _mm512_castsi256_si512(some));
+    const std::size_t last = std::size_t{8} * bits - 32;  // no load reaches beyond the tile
+    for (std::size_t first = 0; first < tile_tokens; first += 16) {
+        const std::size_t begin = first / 8 * bits;
+        const std::size_t from = begin < last ? begin : last;
+        const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed + from));
+        const __m512i places = _mm512_add_epi16(words, _mm512_set1_epi16(static_cast<short>((begin - from) / 2)));
+        const __m512i pairs = _mm512_maskz_permutexvar_epi16(0xffffffffU, places, _mm512_castsi256_si512(some));
         const __m512i shifted = _mm512_maskz_srlv_epi32(all, pairs, shifts);
         store(codes + first, _mm512_and_si512(shifted, ones));
     }
