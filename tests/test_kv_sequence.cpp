@@ -674,6 +674,26 @@ TEST_CASE("kv_sequence: a sliding window lets go of pages, and of nothing that a
     CHECK(cache.bytes().pages == 0);
 }
 
+TEST_CASE("kv_sequence: even a window of one token keeps a token to go on from", "[cache][unit]") {
+    test::random_source random(23);
+    const side s(plain_codec(random, 8, {2, 5, 4}), 2, dtype::float32, 100, random);
+    kv_cache_config config = one_layer(s, s);
+    config.layers[0].sliding_window = 1;
+    const kv_cache cache = make_cache(config);
+    kv_workspace workspace = cache.make_workspace().value();
+    kv_sequence sequence = cache.new_sequence().value();
+    for (int i = 0; i < 4; ++i) {
+        sequence.append(0, s.input.view(), s.input.view(), workspace).value();
+    }
+    const std::size_t first = sequence.first_token(0);
+    CHECK(first > 0);
+    CHECK_FALSE(sequence.truncate(first).ok());
+    CHECK(sequence.truncate(first + 1).ok());
+    CHECK(sequence.next_position(0) == static_cast<std::int64_t>(first + 1));
+    CHECK(sequence.truncate(0).ok());
+    CHECK(sequence.next_position(0) == 0);
+}
+
 TEST_CASE("kv_sequence: keys come back turned to where they are now, whichever way they are stored",
           "[cache][property]") {
     test::random_source random(14);
