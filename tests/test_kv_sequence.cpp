@@ -674,6 +674,26 @@ TEST_CASE("kv_sequence: a sliding window lets go of pages, and of nothing that a
     CHECK(cache.bytes().pages == 0);
 }
 
+TEST_CASE("kv_sequence: even a window of one token keeps a token to go on from", "[cache][unit]") {
+    test::random_source random(23);
+    const side s(plain_codec(random, 8, {2, 5, 4}), 2, dtype::float32, 100, random);
+    kv_cache_config config = one_layer(s, s);
+    config.layers[0].sliding_window = 1;
+    const kv_cache cache = make_cache(config);
+    kv_workspace workspace = cache.make_workspace().value();
+    kv_sequence sequence = cache.new_sequence().value();
+    for (int i = 0; i < 4; ++i) {
+        sequence.append(0, s.input.view(), s.input.view(), workspace).value();
+    }
+    const std::size_t first = sequence.first_token(0);
+    CHECK(first > 0);
+    CHECK_FALSE(sequence.truncate(first).ok());
+    CHECK(sequence.truncate(first + 1).ok());
+    CHECK(sequence.next_position(0) == static_cast<std::int64_t>(first + 1));
+    CHECK(sequence.truncate(0).ok());
+    CHECK(sequence.next_position(0) == 0);
+}
+
 TEST_CASE("kv_sequence: keys come back turned to where they are now, whichever way they are stored",
           "[cache][property]") {
     test::random_source random(14);
@@ -828,6 +848,45 @@ TEST_CASE("kv_sequence: demoted pages give what fewer depths give, and others ke
     CHECK(sequence.demote_to(sequence.bytes().total() - 1, 1, 2).value() == 4 + 64 * 4);
     check(4);
     CHECK(all_keys(fork, 0).is_part_of(whole_keys, 0));
+}
+
+TEST_CASE("kv_sequence: outside their runs, pages hold codes of the codebook and finite numbers", "[cache][unit]") {
+    test::random_source random(22);
+    CAPTURE(test::seed());
+    const side s(plain_codec(random, 8, {2, 5, 4}), 2, dtype::float32, 200, random);
+    test::counting_source source;
+    kv_cache_config config = one_layer(s, s);
+    config.source = &source;
+    config.recent_tokens = 0;
+    config.layers[0].coding = key_coding::block_relative;
+    config.layers[0].block_tokens = 128;
+    const kv_cache cache = make_cache(config);
+    kv_workspace workspace = cache.make_workspace().value();
+    kv_sequence sequence = cache.new_sequence().value();
+    sequence.append(0, s.input.slice(0, 2), s.input.slice(0, 2), workspace).value();  // sinks with room
+    sequence.append(0, s.input.slice(2, 100), s.input.slice(2, 100), workspace).value();
+    sequence.truncate(4 + 30)
+        .value();  // into a page of codes: the next one is 64 tokens long, the one after ends early
+    sequence.append(0, s.input.slice(34, 110), s.input.slice(34, 110), workspace).value();
+    std::size_t cut = 0;
+    for (const rvqkv::page_run& run : sequence.runs(0)) {
+        cut += !run.format->is_exact && run.tokens < 64 ? 1 : 0;
+        if (run.format->is_exact) {
+            const auto* const numbers = reinterpret_cast<const std::uint16_t*>(run.page);
+            CHECK(std::all_of(numbers, numbers + run.format->bytes / 2,
+                              [](std::uint16_t bits) { return (bits & 0x7c00U) != 0x7c00U; }));
+            continue;
+        }
+        for (const rvqkv::coded_layout& layout : {run.format->coded_keys, run.format->coded_values}) {
+            for (std::size_t row = 0; row < layout.code_bytes() / layout.row_bytes(); ++row) {
+                std::array<rvqkv::code_t, 64> codes = {};
+                rvqkv::unpack_codes(run.page + layout.row(0, 0, 0) + row * layout.row_bytes(), 0, 64, layout.bits(),
+                                    codes.data());
+                CHECK(*std::max_element(codes.begin(), codes.end()) < 5);
+            }
+        }
+    }
+    CHECK(cut == 2);
 }
 
 TEST_CASE("kv_sequence: NaN and infinity are reported, stored as 0, and harm no neighbour", "[cache][property]") {

@@ -6,12 +6,13 @@
 #include "rvqkv/cache/page_source.hpp"
 
 #include <cstddef>
+#include <cstring>
 #include <limits>
 
 namespace test {
 
-/// Counts what is taken and given back; fails after as many allocations as it is told. One thread at a time, as a cache
-/// promises.
+/// Counts what is taken and given back; fails after as many allocations as it is told. What it gives holds NaNs and
+/// codes that no codebook has. One thread at a time, as a cache promises.
 class counting_source final : public rvqkv::page_source {
 public:
     static constexpr std::size_t never = std::numeric_limits<std::size_t>::max();
@@ -24,6 +25,7 @@ public:
         until_failure -= until_failure == never ? 0 : 1;
         std::byte* const memory = heap_.allocate(bytes);
         if (memory != nullptr) {
+            std::memset(memory, 0xff, bytes);
             ++allocations;
             live_bytes += bytes;
         }
