@@ -6,16 +6,13 @@
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/half.hpp"
+#include "rvqkv/core/row_packing.hpp"
 #include "rvqkv/quantize/codec.hpp"
 
 #include <cstddef>
 #include <cstdint>
 
 RVQKV_NAMESPACE_BEGIN
-
-/// Tokens that lie side by side wherever pages hold codes; the tokens of a page are a multiple. A tile of a row of codes
-/// is `8 * bits` bytes.
-inline constexpr std::size_t tile_tokens = 64;
 
 /// One side (the keys or the values) of a page of codes. The layout is the attention scan's: a head's codes of one place
 /// (depth, group) stand side by side for all tokens of the page, packed at the codec's bits. Depth is outermost, so a
