@@ -23,7 +23,7 @@ namespace {
 
 using rvqkv::code_t;
 using rvqkv::codebook_shape;
-using rvqkv::scan_tile;
+using rvqkv::tile_tokens;
 
 struct scene_spec {
     codebook_shape shape;
@@ -48,7 +48,7 @@ public:
         of_codec.grouping = rvqkv::grouping_kind::contiguous;
         const auto codec = rvqkv::make_codec(of_codec, std::span<const float>(weights)).value();
         layout = rvqkv::coded_layout(*codec, spec.heads, spec.page_tokens, spec.shape.depths, 24);
-        const std::size_t tiles_of_page = spec.page_tokens / scan_tile;
+        const std::size_t tiles_of_page = spec.page_tokens / tile_tokens;
         const std::size_t count = (spec.tiles + tiles_of_page - 1) / tiles_of_page;
         for (std::size_t p = 0; p < count; ++p) {
             // A vector of its own for each page, so that a read beyond the end is seen.
@@ -85,7 +85,7 @@ public:
     }
 
     [[nodiscard]] std::size_t groups() const { return spec.head_dim / spec.shape.dim; }
-    [[nodiscard]] std::size_t tokens() const { return spec.tiles * scan_tile; }
+    [[nodiscard]] std::size_t tokens() const { return spec.tiles * tile_tokens; }
     [[nodiscard]] rvqkv::page_tiles all() const { return {tiles.data(), tiles.size(), 0}; }
     [[nodiscard]] code_t& code(std::size_t k, std::size_t h, std::size_t g, std::size_t t) {
         return codes[((k * spec.heads + h) * groups() + g) * pages.size() * spec.page_tokens + t];
@@ -222,11 +222,11 @@ void check_values(scene& in, const std::vector<float>& weights, const std::vecto
     for (std::size_t v = 0; v < rows; ++v) {
         double total = 0.0;
         double lost = 0.0;
-        const std::size_t quad = rvqkv::scan_quad * scan_tile;
+        const std::size_t quad = rvqkv::scan_quad * tile_tokens;
         for (std::size_t t = 0; t < in.tokens(); ++t) {
             double most = 0.0;  // of those that share a step
-            for (std::size_t other = t / quad * quad + t % scan_tile / 4 * 4;
-                 other < in.tokens() && other < (t / quad + 1) * quad; other += other % 4 == 3 ? scan_tile - 3 : 1) {
+            for (std::size_t other = t / quad * quad + t % tile_tokens / 4 * 4;
+                 other < in.tokens() && other < (t / quad + 1) * quad; other += other % 4 == 3 ? tile_tokens - 3 : 1) {
                 most = std::max(most, static_cast<double>(weights[v * in.tokens() + other]) * in.scale(head, other));
             }
             lost += 0.501 * most / 255.0;
@@ -418,7 +418,7 @@ TEST_CASE("small tables: reading tile by tile gives what reading at once gives",
         for (const std::size_t step : {1U, 2U, 5U}) {
             std::vector<float> scores(at_once.size());
             for (std::size_t first = 0; first < spec.tiles; first += step) {
-                keys.scores(in.all().part(first, step), in.layout, 1, 2, 2, scores.data() + first * scan_tile,
+                keys.scores(in.all().part(first, step), in.layout, 1, 2, 2, scores.data() + first * tile_tokens,
                             in.tokens(), scratch.data(), kernels);
             }
             CHECK(test::bits_of(scores) == test::bits_of(at_once));
@@ -443,7 +443,7 @@ TEST_CASE("small tables: sums go on, are rescaled, and finish as often as wanted
         values.begin(3, scratch.data());
         const float factors[] = {0.5F, 0.25F, 2.0F};
         for (const std::size_t first : {0U, 4U}) {
-            values.add(in.all().part(first, 4), in.layout, 0, 3, weights.data() + first * scan_tile, in.tokens(), 3,
+            values.add(in.all().part(first, 4), in.layout, 0, 3, weights.data() + first * tile_tokens, in.tokens(), 3,
                        scratch.data(), kernels);
             if (first == 0) {
                 values.rescale(factors, 3, scratch.data(), kernels);
@@ -452,7 +452,7 @@ TEST_CASE("small tables: sums go on, are rescaled, and finish as often as wanted
         // Powers of two are exact: the second half comes with factors of its own.
         std::vector<float> scaled = weights;
         for (std::size_t v = 0; v < 3; ++v) {
-            for (std::size_t t = 0; t < 4 * scan_tile; ++t) {
+            for (std::size_t t = 0; t < 4 * tile_tokens; ++t) {
                 scaled[v * in.tokens() + t] *= factors[v];
             }
         }

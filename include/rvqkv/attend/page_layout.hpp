@@ -6,6 +6,7 @@
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/half.hpp"
+#include "rvqkv/core/row_packing.hpp"
 #include "rvqkv/quantize/codec.hpp"
 #include "rvqkv/simd/attention_kernels.hpp"
 

@@ -73,7 +73,7 @@ struct small_tables_shape {
         const std::size_t ahead = std::min(from.ahead, most_tiles);
         for (std::size_t i = 0; i < from.count + ahead; ++i) {
             to.rows[i] =
-                from.tiles[i].page + layout.row(0, head, 0) + from.tiles[i].tile * scan_tile / 8 * layout.bits();
+                from.tiles[i].page + layout.row(0, head, 0) + from.tiles[i].tile * tile_tokens / 8 * layout.bits();
         }
         to.tiles = {to.rows, from.count, ahead,        layout.heads() * groups * layout.row_bytes(), layout.row_bytes(),
                     depths,  groups,     layout.bits()};
@@ -85,7 +85,7 @@ struct small_tables_shape {
         if (!layout.has_scales()) {
             return nullptr;
         }
-        const std::size_t bytes = scan_tile * size_of(layout.scale_type());
+        const std::size_t bytes = tile_tokens * size_of(layout.scale_type());
         const auto at = [&](std::size_t i) {
             return from.tiles[i].page + layout.scales(head) + from.tiles[i].tile * bytes;
         };
@@ -95,14 +95,14 @@ struct small_tables_shape {
             }
         }
         for (std::size_t i = 0; i < from.count; ++i) {
-            float* const out = scales + i * scan_tile;
+            float* const out = scales + i * tile_tokens;
             switch (layout.scale_type()) {
                 case dtype::float32: std::memcpy(out, at(i), bytes); break;
                 case dtype::float16:
-                    kernels.from_float16(reinterpret_cast<const float16*>(at(i)), out, scan_tile);
+                    kernels.from_float16(reinterpret_cast<const float16*>(at(i)), out, tile_tokens);
                     break;
                 case dtype::bfloat16:
-                    kernels.from_bfloat16(reinterpret_cast<const bfloat16*>(at(i)), out, scan_tile);
+                    kernels.from_bfloat16(reinterpret_cast<const bfloat16*>(at(i)), out, tile_tokens);
                     break;
             }
         }
@@ -208,9 +208,9 @@ public:
             const page_tiles now = tiles.part(first, at_once);
             detail::small_tables_shape::located located;
             shape_.locate(now, layout, head, depths, located);
-            alignas(64) float scales[at_once * scan_tile];
+            alignas(64) float scales[at_once * tile_tokens];
             const float* const scale = detail::small_tables_shape::load_scales(now, layout, head, kernels, scales);
-            kernels.small_scan->scan_scores(located.tiles, tables, scale, scores + first * scan_tile, stride);
+            kernels.small_scan->scan_scores(located.tiles, tables, scale, scores + first * tile_tokens, stride);
         }
     }
 
@@ -308,9 +308,9 @@ public:
             const page_tiles now = tiles.part(first, scan_block);
             detail::small_tables_shape::located located;
             shape_.locate(now, layout, head, depths, located);
-            alignas(64) float scales[scan_block * scan_tile];
+            alignas(64) float scales[scan_block * tile_tokens];
             const float* const scale = detail::small_tables_shape::load_scales(now, layout, head, kernels, scales);
-            kernels.small_scan->round_weights(weights + first * scan_tile, stride, rows, now.count, scale, to.rounded,
+            kernels.small_scan->round_weights(weights + first * tile_tokens, stride, rows, now.count, scale, to.rounded,
                                               to.steps, to.totals + (depths - 1) * rows * value_lanes);
             kernels.small_scan->add_values(located.tiles, tables, rows, to.rounded, to.steps, to.sums);
         }
@@ -368,7 +368,7 @@ private:
         made.out = memory.take<float>(channels() * rows);
         made.weights = memory.take<float>(shape_.book.depths * rows);
         made.steps = memory.take<float>(scan_block / scan_quad * rows * value_lanes);
-        made.rounded = memory.take<std::uint8_t>(scan_block * rows * scan_tile);
+        made.rounded = memory.take<std::uint8_t>(scan_block * rows * tile_tokens);
         made.bytes = memory.used();
         return made;
     }

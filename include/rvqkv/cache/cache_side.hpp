@@ -13,6 +13,7 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/parallel_for.hpp"
+#include "rvqkv/core/row_packing.hpp"
 #include "rvqkv/core/tensor_view.hpp"
 #include "rvqkv/quantize/codec.hpp"
 #include "rvqkv/quantize/rows.hpp"
@@ -263,48 +264,26 @@ private:
         }
     }
 
-    /// One depth's codes `[token, head, group]` into its rows, which begin at `rows`: tile by tile, some rows at once.
+    /// One depth's codes `[token, head, group]` into its rows, which begin at `rows`, tile by tile. Places of a tile
+    /// that no token takes become 0.
     void store_codes(const code_t* codes, std::size_t count, std::byte* rows, const coded_layout& layout,
                      std::size_t slot) const {
-        constexpr std::size_t lanes = 4;
         const std::size_t places = heads_ * layout.groups();
         for (std::size_t first = 0; first < count; first += tile_tokens) {
             const code_t* const from = codes + first * places;
             std::byte* const to = rows + (slot + first) / 8 * layout.bits();
             const std::size_t held = std::min(tile_tokens, count - first);
-            std::size_t place = 0;
-            for (; place + lanes <= places; place += lanes) {
-                store_tile<lanes>(from + place, places, held, to + place * layout.row_bytes(), layout);
-            }
-            for (; place < places; ++place) {
-                store_tile<1>(from + place, places, held, to + place * layout.row_bytes(), layout);
-            }
-        }
-    }
-    /// A tile of neighbouring rows: what `pack_codes` makes of each.
-    template <std::size_t Lanes>
-    static void store_tile(const code_t* codes, std::size_t stride, std::size_t held, std::byte* rows,
-                           const coded_layout& layout) noexcept {
-        std::uint64_t words[Lanes] = {};
-        unsigned filled = 0;
-        for (std::size_t i = 0; i < tile_tokens; ++i) {
-            code_t each[Lanes] = {};
-            if (i < held) {
-                std::memcpy(each, codes + i * stride, sizeof(each));
-            }
-            for (std::size_t lane = 0; lane < Lanes; ++lane) {
-                words[lane] |= std::uint64_t{each[lane]} << filled;
-            }
-            filled += layout.bits();
-            if (filled < 64) {
+            if (held == tile_tokens) {
+                pack_rows(from, places, places, layout.bits(), to, layout.row_bytes());
                 continue;
             }
-            filled -= 64;
-            for (std::size_t lane = 0; lane < Lanes; ++lane) {
-                std::memcpy(rows + lane * layout.row_bytes(), &words[lane], sizeof(std::uint64_t));
-                words[lane] = std::uint64_t{each[lane]} >> (layout.bits() - filled);
+            for (std::size_t place = 0; place < places; ++place) {
+                code_t tile[tile_tokens] = {};
+                for (std::size_t i = 0; i < held; ++i) {
+                    tile[i] = from[i * places + place];
+                }
+                pack_codes(tile, tile_tokens, layout.bits(), to + place * layout.row_bytes());
             }
-            rows += sizeof(std::uint64_t);
         }
     }
 

@@ -6,16 +6,13 @@
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/half.hpp"
+#include "rvqkv/core/row_packing.hpp"
 
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
 RVQKV_NAMESPACE_BEGIN
-
-/// Tokens that lie side by side wherever pages hold codes; the tokens of a page are a multiple. A tile of a row of
-/// codes is `8 * bits` bytes.
-inline constexpr std::size_t tile_tokens = 64;
 
 /// Pairs of places in a row that stand at regular distances: `(first + i * step, second + i * step)` for `i < count`,
 /// to be turned by angle number `angle + i`.

@@ -432,9 +432,9 @@ class unpacker {
 public:
     explicit unpacker(unsigned bits) : bits_(bits) {}
     void unpack(const std::byte* row, std::uint8_t* codes) const {
-        code_t unpacked[scan_tile];
-        unpack_codes(row, 0, scan_tile, bits_, unpacked);
-        for (std::size_t i = 0; i < scan_tile; ++i) {
+        code_t unpacked[tile_tokens];
+        unpack_codes(row, 0, tile_tokens, bits_, unpacked);
+        for (std::size_t i = 0; i < tile_tokens; ++i) {
             codes[i] = static_cast<std::uint8_t>(unpacked[i]);
         }
     }

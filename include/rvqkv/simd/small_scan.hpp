@@ -8,14 +8,13 @@
 #pragma once
 
 #include "rvqkv/core/config.hpp"
+#include "rvqkv/core/row_packing.hpp"
 
 #include <cstddef>
 #include <cstdint>
 
 RVQKV_NAMESPACE_BEGIN
 
-/// Tokens of a tile: codes that stand packed side by side and are looked up at once.
-inline constexpr std::size_t scan_tile = 64;
 /// Widest code that is looked up in small tables.
 inline constexpr unsigned most_scan_bits = 8;
 /// Entries of a small table: what a lookup of codes of so many bits can reach.
@@ -61,7 +60,7 @@ inline constexpr std::size_t scan_quad = 4;
 inline constexpr std::size_t scan_block = 16;
 /// Numbers in which a channel is summed up, to be added in the end: number `i` is of tokens `4 i` to `4 i + 3` of each
 /// tile.
-inline constexpr std::size_t value_lanes = scan_tile / 4;
+inline constexpr std::size_t value_lanes = tile_tokens / 4;
 /// Most planes that a token's channel may be the sum of.
 inline constexpr std::size_t most_value_planes = 3;
 
@@ -90,7 +89,8 @@ struct small_scan_kernels {
     /// `scores[query * stride + token] = (sum of the entries * step + start) * scale`; `scales` is `[tokens]`, or null.
     void (*scan_scores)(const code_tiles& tiles, const score_tables& tables, const float* scales, float* scores,
                         std::size_t stride);
-    /// Weights times the tokens' scales (null: 1), rounded to bytes `[quads, rows, scan_quad, scan_tile]` with `steps`,
+    /// Weights times the tokens' scales (null: 1), rounded to bytes `[quads, rows, scan_quad, tile_tokens]` with
+    /// `steps`,
     /// `[quads, rows, value_lanes]`; those of tiles that the last quad lacks are zero. `totals`, `[rows, value_lanes]`,
     /// grow by what is rounded. A weight of zero is zero whatever its scale. Precondition: no product is below zero.
     void (*round_weights)(const float* weights, std::size_t stride, std::size_t rows, std::size_t tiles,

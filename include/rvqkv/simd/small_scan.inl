@@ -9,7 +9,7 @@
 //   load_words(uint16_t*): as floats;   add_products(ireg&, breg weights, breg values): dot products of four bytes
 //   max, multiply, divide, max_of_quads, where_nonzero(weights, values), store(uint8_t*, ireg)
 
-inline constexpr std::size_t quad_tokens = scan_quad * scan_tile;
+inline constexpr std::size_t quad_tokens = scan_quad * tile_tokens;
 inline constexpr std::size_t scan_groups = 16;  // whose codes stand unpacked
 // How far ahead codes are prefetched. A quad of keys takes a few hundred nanoseconds for each depth.
 inline constexpr std::size_t key_quads_ahead = 2;
@@ -208,7 +208,7 @@ inline void scan_scores_of(const code_tiles& tiles, const score_tables& tables, 
         const std::size_t in_block = tiles.count - first < block ? tiles.count - first : block;
         for (std::size_t q0 = 0; q0 < tables.queries; q0 += scan_queries) {
             const std::size_t queries = tables.queries - q0 < scan_queries ? tables.queries - q0 : scan_queries;
-            alignas(64) std::uint16_t sums[scan_queries][block * scan_tile];
+            alignas(64) std::uint16_t sums[scan_queries][block * tile_tokens];
             std::memset(sums, 0, queries * sizeof sums[0]);
             for (std::size_t depth = 0; depth < tiles.depths; ++depth) {
                 for (std::size_t g0 = 0; g0 < tiles.groups; g0 += scan_groups) {
@@ -219,7 +219,7 @@ inline void scan_scores_of(const code_tiles& tiles, const score_tables& tables, 
                             const std::size_t tile = quad + k < in_block ? quad + k : quad;
                             const std::byte* row = tiles.row(first + tile, depth, g0);
                             for (std::size_t g = 0; g < groups; ++g, row += tiles.group_stride) {
-                                codes_of.unpack(row, codes + g * quad_tokens + k * scan_tile);
+                                codes_of.unpack(row, codes + g * quad_tokens + k * tile_tokens);
                             }
                         }
                         const std::byte* next[scan_quad];
@@ -233,15 +233,15 @@ inline void scan_scores_of(const code_tiles& tiles, const score_tables& tables, 
                             const std::uint8_t* const table =
                                 tables.digits + (((depth * tables.queries + q0 + q) * tiles.groups + g0) * 2) * Slots;
                             add_entries<Slots>(table, codes, groups, next[q % scan_quad], tiles.group_stride,
-                                               sums[q] + quad * scan_tile);
+                                               sums[q] + quad * tile_tokens);
                         }
                     }
                 }
             }
             for (std::size_t q = 0; q < queries; ++q) {
-                finish_scores(sums[q], in_block * scan_tile, tables.steps + q0 + q, tables.starts + q0 + q,
-                              scales == nullptr ? nullptr : scales + first * scan_tile,
-                              scores + (q0 + q) * stride + first * scan_tile);
+                finish_scores(sums[q], in_block * tile_tokens, tables.steps + q0 + q, tables.starts + q0 + q,
+                              scales == nullptr ? nullptr : scales + first * tile_tokens,
+                              scores + (q0 + q) * stride + first * tile_tokens);
             }
         }
     }
@@ -266,18 +266,18 @@ inline void round_weights(const float* weights, std::size_t stride, std::size_t 
     for (std::size_t first = 0; first < tiles; first += scan_quad) {
         const std::size_t in_quad = tiles - first < scan_quad ? tiles - first : scan_quad;
         for (std::size_t v = 0; v < rows; ++v, rounded += quad_tokens, steps += value_lanes) {
-            const float* const row = weights + v * stride + first * scan_tile;
-            for (std::size_t i = 0; i < scan_tile; i += lanes) {
+            const float* const row = weights + v * stride + first * tile_tokens;
+            for (std::size_t i = 0; i < tile_tokens; i += lanes) {
                 float* const total_at = totals + v * value_lanes + i % value_lanes;
                 reg total = load(total_at);
                 reg value[scan_quad];
                 reg highest = broadcast(&least);
                 RVQKV_UNROLL
                 for (std::size_t k = 0; k < scan_quad; ++k) {
-                    const std::size_t at = k * scan_tile + i;
+                    const std::size_t at = k * tile_tokens + i;
                     value[k] = k < in_quad ? load(row + at) : broadcast(&zero);
                     if (scales != nullptr && k < in_quad) {
-                        value[k] = multiply_nonzero(value[k], load(scales + first * scan_tile + at));
+                        value[k] = multiply_nonzero(value[k], load(scales + first * tile_tokens + at));
                     }
                     total = add(total, value[k]);
                     highest = max(value[k], highest);
@@ -286,7 +286,7 @@ inline void round_weights(const float* weights, std::size_t stride, std::size_t 
                 const reg inverse = divide(broadcast(&most), highest);
                 RVQKV_UNROLL
                 for (std::size_t k = 0; k < scan_quad; ++k) {
-                    store(rounded + k * scan_tile + i, to_integers(multiply(value[k], inverse)));
+                    store(rounded + k * tile_tokens + i, to_integers(multiply(value[k], inverse)));
                 }
                 store_quads(steps + i / 4, multiply(highest, broadcast(&per_most)));
                 store(total_at, total);
@@ -316,7 +316,7 @@ RVQKV_ALWAYS_INLINE void add_plane(const std::int8_t* table, std::size_t depth_s
         const small_table<Slots> entries(table + c * Slots);
         RVQKV_UNROLL
         for (std::size_t k = 0; k < scan_quad; ++k) {
-            value[c][k] = entries.at(load_bytes(codes + k * scan_tile));
+            value[c][k] = entries.at(load_bytes(codes + k * tile_tokens));
         }
     }
     for (++depth; depth < end; ++depth) {
@@ -327,7 +327,7 @@ RVQKV_ALWAYS_INLINE void add_plane(const std::int8_t* table, std::size_t depth_s
             const small_table<Slots> entries(table + c * Slots);
             RVQKV_UNROLL
             for (std::size_t k = 0; k < scan_quad; ++k) {
-                value[c][k] = add_bytes(value[c][k], entries.at(load_bytes(codes + k * scan_tile)));
+                value[c][k] = add_bytes(value[c][k], entries.at(load_bytes(codes + k * tile_tokens)));
             }
         }
     }
@@ -354,7 +354,7 @@ RVQKV_ALWAYS_INLINE void add_rows(const breg (&value)[Planes][Channels][scan_qua
         RVQKV_UNROLL
         for (int v = 0; v < Rows; ++v) {
             const breg weight =
-                load_bytes(weights + (v * static_cast<int>(scan_quad) + k) * static_cast<int>(scan_tile));
+                load_bytes(weights + (v * static_cast<int>(scan_quad) + k) * static_cast<int>(tile_tokens));
             RVQKV_UNROLL
             for (int p = 0; p < Planes; ++p) {
                 RVQKV_UNROLL
@@ -387,7 +387,7 @@ inline void add_group(const std::uint8_t* codes, const std::int8_t* entries, con
     const std::size_t channel_step = rows * value_lanes;
     const std::size_t depth_size = dim * Slots;
     for (std::size_t j = 0; j < dim; j += Channels) {
-        for (std::size_t at = 0; at < scan_tile; at += static_cast<std::size_t>(byte_lanes)) {
+        for (std::size_t at = 0; at < tile_tokens; at += static_cast<std::size_t>(byte_lanes)) {
             breg value[Planes][Channels][scan_quad];
             add_plane<Slots, Channels>(entries, depth_size, 0, ends[0], codes + at, value[0]);
             if constexpr (Planes > 1) {
@@ -440,7 +440,7 @@ inline void add_values_of(const code_tiles& tiles, const value_tables& tables, s
             for (std::size_t depth = 0; depth < depths; ++depth, row += depth_stride) {
                 RVQKV_UNROLL
                 for (std::size_t k = 0; k < scan_quad; ++k) {
-                    codes_of.unpack(now[k] + row, codes + depth * quad_tokens + k * scan_tile);
+                    codes_of.unpack(now[k] + row, codes + depth * quad_tokens + k * tile_tokens);
                     prefetch(next[k] + row);
                 }
             }
