@@ -27,8 +27,6 @@
 
 RVQKV_NAMESPACE_BEGIN
 
-static_assert(tile_tokens == scan_tile);
-
 namespace detail {
 
 /// What both sides share: the shape, and how codes and scales are found in pages.
