@@ -11,6 +11,7 @@
 #include "support/weights.hpp"
 
 #include <signal.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 #include <algorithm>
@@ -596,6 +597,40 @@ TEST_CASE("saved sequence: adding that stops at any byte leaves the old sequence
         CAPTURE(size);
         REQUIRE((added(before + tail.substr(0, size), sequence) == after));
     }
+}
+
+TEST_CASE("saved sequence: a disk that is full at any byte leaves the old file", "[saved][fault]") {
+    const kv_cache cache = make_cache(make_small_config());
+    kv_sequence sequence = cache.new_sequence().value();
+    append(sequence, 500, 1);
+    const test::temp_dir folder;
+    const std::string path = folder.file("sequence");
+    save_sequence(sequence, path).value();
+    const std::string before = test::read_file(path);
+    append(sequence, 10, 2);
+    const std::size_t size = added(before, sequence).size() + sizeof(sequence_record);  // its copy goes in the end
+    rlimit old_limit{};
+    REQUIRE(::getrlimit(RLIMIT_FSIZE, &old_limit) == 0);
+    const auto old_action = ::signal(SIGXFSZ, SIG_IGN);
+    const auto save_within = [&](std::size_t most, bool incremental) {
+        rlimit limit = old_limit;
+        limit.rlim_cur = most;
+        REQUIRE(::setrlimit(RLIMIT_FSIZE, &limit) == 0);
+        const rvqkv::status done = save_sequence(sequence, path, {incremental});
+        REQUIRE(::setrlimit(RLIMIT_FSIZE, &old_limit) == 0);
+        REQUIRE((done.ok() || done.error().code == error_code::io));
+        return done.ok();
+    };
+    for (std::size_t most = 0; most < size; ++most) {
+        CAPTURE(most);
+        const bool incremental = most >= before.size();
+        REQUIRE_FALSE((incremental || most % 50 == 0) && save_within(most, incremental));
+        REQUIRE((test::read_file(path) == before));
+    }
+    REQUIRE(std::distance(std::filesystem::directory_iterator(folder.path()), {}) == 1);
+    REQUIRE(save_within(size, true));
+    REQUIRE(equal(load_sequence(cache, path).value(), sequence));
+    static_cast<void>(::signal(SIGXFSZ, old_action));
 }
 
 TEST_CASE("saved sequence: no flipped byte of a file that was added to gives another sequence", "[saved][fault]") {

@@ -9,6 +9,10 @@
 #include "rvqkv/cache/cache_layer.hpp"
 #include "rvqkv/cache/cache_side.hpp"
 #include "rvqkv/cache/exact_rows.hpp"
+#include "rvqkv/cache/kv_sequence.hpp"
+#include "rvqkv/cache/layer_tokens.hpp"
+#include "rvqkv/cache/nothrow_array.hpp"
+#include "rvqkv/cache/page_stock.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/config.hpp"
@@ -33,6 +37,15 @@
 
 RVQKV_NAMESPACE_BEGIN
 namespace detail {
+
+struct sequence_access {
+    [[nodiscard]] static cache_core* core(const kv_sequence& of) noexcept { return of.core_ ? &*of.core_ : nullptr; }
+    [[nodiscard]] static nothrow_array<layer_tokens>& layers(kv_sequence& of) noexcept { return of.layers_; }
+    [[nodiscard]] static const nothrow_array<layer_tokens>& layers(const kv_sequence& of) noexcept {
+        return of.layers_;
+    }
+    [[nodiscard]] static page_stock& stock(kv_sequence& of) noexcept { return of.stock_; }
+};
 
 // ---- Bytes of pages ----
 

@@ -188,6 +188,7 @@ public:
                 for (const std::size_t runs_end = run + each.runs; run < runs_end; ++run) {
                     const saved_run& at = runs()[run];
                     if (at.tokens == 0 || at.tokens > layer.tokens - tokens || at.position < position ||
+                        at.position < static_cast<std::int64_t>(tokens) ||
                         at.position > static_cast<std::int64_t>(most_tokens) || at.coded_position < 0 ||
                         at.coded_position > static_cast<std::int64_t>(most_tokens)) {
                         return wrong(i, page, "tokens or positions of its runs make no sense");
