@@ -149,6 +149,20 @@ bool equal(const kv_sequence& a, const kv_sequence& b) {
     return same;
 }
 
+/// Whether each page is referred to by the sequence's runs and by nobody else.
+bool owns_its_pages(const kv_sequence& sequence) {
+    bool owns = true;
+    for (const std::size_t layer : {0U, 1U, 4U}) {
+        const std::span<const rvqkv::page_run> runs = sequence.runs(layer);
+        for (const rvqkv::page_run& run : runs) {
+            const auto count = std::count_if(runs.begin(), runs.end(),
+                                             [&](const rvqkv::page_run& other) { return other.page == run.page; });
+            owns = owns && rvqkv::page_pool::references(run.page) == static_cast<std::size_t>(count);
+        }
+    }
+    return owns;
+}
+
 /// Whether `part` is the first tokens of `whole`.
 bool is_prefix(const kv_sequence& part, const kv_sequence& whole) {
     bool is = true;
@@ -220,6 +234,7 @@ TEST_CASE("saved sequence: goes on as if it had never left memory, whatever beca
                 const std::string file = saved(sequence);
                 kv_sequence restored = load_sequence(cache, bytes_of(file)).value();
                 REQUIRE(equal(restored, sequence));
+                REQUIRE(owns_its_pages(restored));
                 REQUIRE((saved(restored) == file));  // every byte that counts
                 kv_sequence fork = sequence.fork().value();
                 append(fork, 150, salt);
