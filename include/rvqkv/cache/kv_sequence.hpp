@@ -29,6 +29,9 @@
 #include <utility>
 
 RVQKV_NAMESPACE_BEGIN
+namespace detail {
+struct sequence_access;  // what files see of a sequence
+}
 
 /// The tokens of one sequence, for every layer of a cache's model.
 ///
@@ -399,6 +402,7 @@ public:
 
 private:
     friend class kv_cache;
+    friend struct detail::sequence_access;
 
     explicit kv_sequence(detail::core_handle core) noexcept : core_(std::move(core)) {}
     [[nodiscard]] static result<kv_sequence> create(detail::core_handle core) {

@@ -95,6 +95,8 @@ public:
     /// Brings the bytes to the disk and the file to its place, instead of the old one if there is one.
     /// Errors: `io`; the old file is then as it was, and the new one gone.
     [[nodiscard]] status commit() {
+        // First, as this takes memory: once the file is in its place, nothing may fail.
+        const std::filesystem::path folder = target_.has_parent_path() ? target_.parent_path() : ".";
         if (::fsync(file_.get()) != 0) {
             return give_up("bring the file to the disk");
         }
@@ -107,7 +109,6 @@ public:
         temporary_.clear();
         // The folder's entry too, for power failures. The replacement itself has happened, and some file systems
         // refuse this call, so its outcome is no failure.
-        const std::filesystem::path folder = target_.has_parent_path() ? target_.parent_path() : ".";
         const detail::file_descriptor entry(::open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
         if (entry.is_open()) {
             static_cast<void>(::fsync(entry.get()));

@@ -5,7 +5,9 @@
 
 #include "rvqkv/core/config.hpp"
 
+#include <compare>
 #include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string>
 
@@ -46,4 +48,24 @@ private:
     XXH3_state_t state_;
 };
 
+namespace detail {
+
+/// XXH3-64 of bytes, as a number.
+[[nodiscard]] inline std::uint64_t checksum64(std::span<const std::byte> bytes) noexcept {
+    return XXH3_64bits(bytes.data(), bytes.size());
+}
+
+/// XXH3-128 of bytes: enough to tell contents apart, too.
+struct checksum128 {
+    std::uint64_t low = 0;
+    std::uint64_t high = 0;
+    friend auto operator<=>(const checksum128&, const checksum128&) = default;
+
+    [[nodiscard]] static checksum128 of(std::span<const std::byte> bytes) noexcept {
+        const XXH128_hash_t hash = XXH3_128bits(bytes.data(), bytes.size());
+        return {hash.low64, hash.high64};
+    }
+};
+
+}  // namespace detail
 RVQKV_NAMESPACE_END
