@@ -80,7 +80,7 @@ public:
         return {};
     }
     /// Memory behind the last run, where a change of the list is prepared. Precondition: room for `count` runs.
-    [[nodiscard]] page_run* spare(std::size_t count) noexcept {
+    [[nodiscard]] page_run* spare([[maybe_unused]] std::size_t count) noexcept {
         RVQKV_ASSERT(size_ + count <= runs_.size());
         return runs_.data() + size_;
     }

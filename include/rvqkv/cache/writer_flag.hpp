@@ -14,8 +14,8 @@ namespace detail {
 class writer_flag {
 public:
     writer_flag() = default;
-    writer_flag(writer_flag&& other) noexcept { RVQKV_ASSERT(!other.is_set_.load()); }
-    writer_flag& operator=(writer_flag&& other) noexcept {
+    writer_flag([[maybe_unused]] writer_flag&& other) noexcept { RVQKV_ASSERT(!other.is_set_.load()); }
+    writer_flag& operator=([[maybe_unused]] writer_flag&& other) noexcept {
         RVQKV_ASSERT(!is_set_.load() && !other.is_set_.load());
         return *this;
     }
