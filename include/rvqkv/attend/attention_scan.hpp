@@ -395,7 +395,7 @@ private:
 
     const attention_parts& parts_;
     const kernel_table& kernels_;
-    std::size_t most_;
+    [[maybe_unused]] std::size_t most_;  // for assertions
     std::size_t slots_;
     std::size_t stride_;  // of rows of scores: no power of two, which would crowd a part of the cache
     scratch_dealer dealer_;
