@@ -165,12 +165,14 @@ public:
                            });
             float* const sizes = state_.cluster_sizes.data() + depth * shape.codewords;
             float* const sums = state_.embedding_sums.data() + depth * shape.codewords * shape.dim;
-            for (std::size_t c = 0; c < shape.codewords; ++c) {
-                sizes[c] += gain * static_cast<float>(clusters.counts[c]);
-            }
-            for (std::size_t i = 0; i < shape.codewords * shape.dim; ++i) {
-                sums[i] += gain * static_cast<float>(clusters.sums[i]);
-            }
+            parallel_ranges(workers, shape.codewords, training_grain, [&](std::size_t first, std::size_t last) {
+                for (std::size_t c = first; c < last; ++c) {
+                    sizes[c] += gain * static_cast<float>(clusters.counts[c]);
+                }
+                for (std::size_t i = first * shape.dim; i < last * shape.dim; ++i) {
+                    sums[i] += gain * static_cast<float>(clusters.sums[i]);
+                }
+            });
         }
         parallel_ranges(workers, vectors.rows, training_grain,
                         [&](std::size_t first, std::size_t last) { finish(shape.depths - 1, first, last); });

@@ -203,15 +203,17 @@ inline double squared_error(double lengths, const cluster_sums& clusters, std::s
             });
         }
         const detail::weighted_draw draw(errors);
-        for (std::size_t c = 0; c < codewords; ++c) {
-            float* const centroid = centroids.data() + c * x.cols;
-            if (clusters.counts[c] != 0) {
-                for (std::size_t j = 0; j < x.cols; ++j) {
-                    centroid[j] =
-                        static_cast<float>(clusters.sums[c * x.cols + j] / static_cast<double>(clusters.counts[c]));
+        parallel_ranges(workers, codewords, training_grain, [&](std::size_t first, std::size_t last) {
+            for (std::size_t c = first; c < last; ++c) {
+                const auto count = static_cast<double>(clusters.counts[c]);
+                for (std::size_t j = c * x.cols; j < (c + 1) * x.cols && clusters.counts[c] != 0; ++j) {
+                    centroids[j] = static_cast<float>(clusters.sums[j] / count);
                 }
-            } else if (!draw.empty()) {
-                std::copy_n(x.row(draw.pick(random)), x.cols, centroid);
+            }
+        });
+        for (std::size_t c = 0; some_empty && c < codewords; ++c) {
+            if (clusters.counts[c] == 0 && !draw.empty()) {
+                std::copy_n(x.row(draw.pick(random)), x.cols, centroids.data() + c * x.cols);
                 ++report.reseeded;
             }
         }
