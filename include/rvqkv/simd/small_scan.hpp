@@ -89,7 +89,8 @@ struct small_scan_kernels {
     /// `scores[query * stride + token] = (sum of the entries * step + start) * scale`; `scales` is `[tokens]`, or null.
     void (*scan_scores)(const code_tiles& tiles, const score_tables& tables, const float* scales, float* scores,
                         std::size_t stride);
-    /// Weights times the tokens' scales (null: 1), rounded to bytes `[quads, rows, scan_quad, tile_tokens]` with `steps`,
+    /// Weights times the tokens' scales (null: 1), rounded to bytes `[quads, rows, scan_quad, tile_tokens]` with
+    /// `steps`,
     /// `[quads, rows, value_lanes]`; those of tiles that the last quad lacks are zero. `totals`, `[rows, value_lanes]`,
     /// grow by what is rounded. A weight of zero is zero whatever its scale. Precondition: no product is below zero.
     void (*round_weights)(const float* weights, std::size_t stride, std::size_t rows, std::size_t tiles,
