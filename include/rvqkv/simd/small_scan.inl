@@ -83,7 +83,8 @@ inline void fill_scores(const float* query, const float* book, std::size_t depth
     *step = by_entry > by_sum ? by_entry : by_sum;
     const float inverse = *step > 1e-30F ? 1.0F / *step : 0.0F;
     const float per_base = 1.0F / static_cast<float>(score_base);
-    const float middle = -static_cast<float>(score_base / 2) * per_base;
+    constexpr unsigned half_base = score_base / 2;
+    const float middle = -static_cast<float>(half_base) * per_base;
     const float minus_base = -static_cast<float>(score_base);
     for (std::size_t depth = 0; depth < depths; ++depth) {
         std::uint8_t* table = digits + depth * depth_stride;
