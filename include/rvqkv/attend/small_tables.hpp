@@ -245,7 +245,7 @@ private:
 class small_value_tables {
 public:
     /// Error of a value, relative to the standard deviation, for which another plane is made.
-    static constexpr float most_error = 0.008F;
+    static constexpr float most_error = 0.011F;
 
     /// Whether there can be tables for such a codebook.
     [[nodiscard]] static bool supports(const codebook_shape& shape) noexcept {

@@ -7,14 +7,14 @@
 //   load_bytes, store_bytes; add_bytes, add_words, subtract_words, multiply_words, upper_bytes (of words, as words),
 //   to_upper_bytes; store_zipped(uint16_t*, even, odd): words of two registers in turn
 //   load_words(uint16_t*): as floats;   add_products(ireg&, breg weights, breg values): dot products of four bytes
-//   max, multiply, divide, max_of_quads, where_nonzero(weights, values), store(uint8_t*, ireg)
+//   max, min, largest, smallest, multiply, divide, to_integers, to_floats, store(uint8_t*, ireg)
+//   multiply_nonzero(a, b): 0 where `a` is 0;   max_of_quads: the largest of four neighbours, in each of them;
+//   store_quads: every fourth number;   sum_of_lanes(float*): of `value_lanes`, halves first
 
 inline constexpr std::size_t quad_tokens = scan_quad * tile_tokens;
-inline constexpr std::size_t scan_groups = 16;  // whose codes stand unpacked
-// How far ahead codes are prefetched. A quad of keys takes a few hundred nanoseconds for each depth.
-inline constexpr std::size_t key_quads_ahead = 2;
-inline constexpr std::size_t value_quads_ahead = 1;
-inline constexpr std::size_t scan_queries = 8;  // whose sums stand on the stack
+inline constexpr std::size_t scan_groups = 16;       // whose codes stand unpacked
+inline constexpr std::size_t value_quads_ahead = 2;  // that are prefetched
+inline constexpr std::size_t scan_queries = 8;       // whose sums stand on the stack
 
 inline void prefetch(const std::byte* from) {
     __builtin_prefetch(from);
@@ -83,7 +83,8 @@ inline void fill_scores(const float* query, const float* book, std::size_t depth
     *step = by_entry > by_sum ? by_entry : by_sum;
     const float inverse = *step > 1e-30F ? 1.0F / *step : 0.0F;
     const float per_base = 1.0F / static_cast<float>(score_base);
-    const float middle = -static_cast<float>(score_base / 2) * per_base;
+    constexpr unsigned half_base = score_base / 2;
+    const float middle = -static_cast<float>(half_base) * per_base;
     const float minus_base = -static_cast<float>(score_base);
     for (std::size_t depth = 0; depth < depths; ++depth) {
         std::uint8_t* table = digits + depth * depth_stride;
@@ -179,23 +180,14 @@ inline void finish_scores(const std::uint16_t* sums, std::size_t tokens, const f
     }
 }
 
-/// The quad that is read two steps after `quad` of `depth` of the block from tile `first`.
+/// Where the rows of a quad begin that will be read a block's depth later.
 inline void rows_ahead(const code_tiles& tiles, std::size_t first, std::size_t in_block, std::size_t depth,
-                       std::size_t quad, std::size_t group, const std::byte* (&next)[scan_quad]) {
-    std::size_t tile = quad + key_quads_ahead * scan_quad;
-    std::size_t of_depth = depth;
-    if (tile >= in_block) {
-        tile -= in_block < key_quads_ahead * scan_quad ? tile : (in_block + scan_quad - 1) / scan_quad * scan_quad;
-        ++of_depth;
-    }
-    if (of_depth == tiles.depths) {
-        tile += in_block;
-        of_depth = 0;
-    }
+                       std::size_t group, const std::byte* (&next)[scan_quad]) {
+    const bool last = depth + 1 == tiles.depths;
     for (std::size_t k = 0; k < scan_quad; ++k) {
-        const std::size_t wanted = first + tile + k;
-        next[k] =
-            wanted < tiles.count + tiles.ahead ? tiles.row(wanted, of_depth, group) : tiles.row(first, depth, group);
+        const std::size_t tile = first + k + (last ? in_block : 0);
+        next[k] = tile < tiles.count + tiles.ahead ? tiles.row(tile, last ? 0 : depth + 1, group)
+                                                   : tiles.row(first, depth, group);
     }
 }
 
@@ -223,7 +215,7 @@ inline void scan_scores_of(const code_tiles& tiles, const score_tables& tables, 
                             }
                         }
                         const std::byte* next[scan_quad];
-                        rows_ahead(tiles, first, in_block, depth, quad, g0, next);
+                        rows_ahead(tiles, first + quad, in_block, depth, g0, next);
                         for (std::size_t k = queries; k < scan_quad; ++k) {
                             for (std::size_t g = 0; g < groups; ++g) {
                                 prefetch(next[k] + g * tiles.group_stride);
