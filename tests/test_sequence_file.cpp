@@ -246,6 +246,7 @@ TEST_CASE("saved sequence: goes on as if it had never left memory, whatever beca
             check(2);
             append(sequence, 400, 3);
             check(3);
+            sequence.evict(20, 30).value();  // out of one page
             sequence.evict(100, 140).value();
             sequence.evict(150, 300, false).value();
             check(4);
