@@ -125,7 +125,7 @@ inline constexpr code_places_of_bits code_places_table = [] {
 class unpacker {
 public:
     explicit unpacker(unsigned bits)
-        : row_((bits == 8 ? 0 : __mmask64{1} << (8 * bits)) - 1),
+        : row_(first_bytes(8 * bits)),
           code_(_mm512_set1_epi8(static_cast<char>((1U << bits) - 1U))),
           bytes_(load_bytes(code_places_table.of[bits].bytes)),
           shifts_(load_bytes(code_places_table.of[bits].shifts)) {}
@@ -136,6 +136,8 @@ public:
     }
 
 private:
+    static __mmask64 first_bytes(unsigned count) { return count == 64 ? all_bytes : (__mmask64{1} << count) - 1; }
+
     __mmask64 row_;
     breg code_;
     breg bytes_;

@@ -40,10 +40,13 @@ inline void convert(const From* in, To* out, std::size_t count) {
     }
 }
 
-#include "rvqkv/simd/attention.inl"
 #include "rvqkv/simd/decode.inl"
-#include "rvqkv/simd/large_tables.inl"
+
 #include "rvqkv/simd/several.inl"
+
+#include "rvqkv/simd/large_tables.inl"
+
+#include "rvqkv/simd/attention.inl"
 
 inline constexpr kernel_table kernels = {
     level,
