@@ -166,7 +166,7 @@ def main() -> int:
     arguments = parser.parse_args()
     begun = time.monotonic()
     results = Results()
-    programs = [("GCC", arguments.gcc, "-threads:2")] + (
+    programs = [("GCC", arguments.gcc, "-(threads:2|^attention_)")] + (
         [("Clang", arguments.clang, OWN_ROWS)] if arguments.clang else []
     )
     progress = Progress(arguments.rounds * (len(programs) + 2) + 4)
