@@ -109,7 +109,7 @@ public:
         return std::unique_ptr<const key_reader>(std::move(made));
     }
 
-    [[nodiscard]] std::size_t bytes() const noexcept override { return weights_.bytes(); }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this) + weights_.bytes(); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t rows) const noexcept override {
         return scratch(nullptr, rows).bytes;
     }
@@ -304,7 +304,7 @@ public:
     large_value_tables(std::shared_ptr<const codec> source, const kernel_table& kernels)
         : tables_(std::move(source), kernels) {}
 
-    [[nodiscard]] std::size_t bytes() const noexcept override { return 0; }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t rows) const noexcept override {
         return scratch(nullptr, rows).bytes;
     }

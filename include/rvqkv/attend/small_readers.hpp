@@ -61,7 +61,7 @@ public:
         return made;
     }
 
-    [[nodiscard]] std::size_t bytes() const noexcept override { return tables_.bytes(); }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this) + tables_.bytes(); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t rows) const noexcept override {
         return tables_.scratch_bytes(rows);
     }
@@ -105,7 +105,7 @@ public:
         return made;
     }
 
-    [[nodiscard]] std::size_t bytes() const noexcept override { return tables_.bytes(); }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this) + tables_.bytes(); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t rows) const noexcept override {
         return tables_.scratch_bytes(rows);
     }

@@ -197,7 +197,7 @@ class tile_key_reader final : public key_reader {
 public:
     explicit tile_key_reader(tile_decoder decoder) noexcept : decoder_(std::move(decoder)) {}
     [[nodiscard]] const tile_decoder& decoder() const noexcept { return decoder_; }
-    [[nodiscard]] std::size_t bytes() const noexcept override { return decoder_.bytes(); }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this) + decoder_.bytes(); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t /*rows*/) const noexcept override {
         return 64 + (tile_tokens + tile_decoder::part_rows * decoder_.source().head_dim()) * sizeof(float) +
                decoder_.code_count() * sizeof(code_t);
@@ -248,7 +248,7 @@ private:
 class tile_value_reader final : public value_reader {
 public:
     explicit tile_value_reader(tile_decoder decoder) noexcept : decoder_(std::move(decoder)) {}
-    [[nodiscard]] std::size_t bytes() const noexcept override { return decoder_.bytes(); }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this) + decoder_.bytes(); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t rows) const noexcept override {
         return ((rows + tile_decoder::part_rows) * head_dim() + (1 + rows) * tile_tokens) * sizeof(float) +
                decoder_.code_count() * sizeof(code_t);
