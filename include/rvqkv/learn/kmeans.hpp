@@ -205,8 +205,11 @@ inline double squared_error(double lengths, const cluster_sums& clusters, std::s
         const detail::weighted_draw draw(errors);
         parallel_ranges(workers, codewords, training_grain, [&](std::size_t first, std::size_t last) {
             for (std::size_t c = first; c < last; ++c) {
+                if (clusters.counts[c] == 0) {
+                    continue;
+                }
                 const auto count = static_cast<double>(clusters.counts[c]);
-                for (std::size_t j = c * x.cols; j < (c + 1) * x.cols && clusters.counts[c] != 0; ++j) {
+                for (std::size_t j = c * x.cols; j < (c + 1) * x.cols; ++j) {
                     centroids[j] = static_cast<float>(clusters.sums[j] / count);
                 }
             }

@@ -227,7 +227,8 @@ inline void set_limits(std::size_t rows, std::size_t count, row_families familie
 }
 
 /// Which quads of a row can hold one of its `count` nearest codewords, whose scores reach `limit`: bit `g` of lane `l`
-/// says group `g`, lane `l`. `list` names those that have been visited.
+/// says group `g`, lane `l`. `list` names those that have been visited; `in_order`: they are the first ones, for which
+/// the loop without the list saves 3 % of a search under GCC 12.
 inline void flag_quads(const float* upper, float limit, const group_list& list, bool in_order, std::int32_t* flags) {
     const reg least = broadcast(&limit);
     for (std::size_t part = 0; part < search_block; part += lanes) {

@@ -34,6 +34,12 @@ inline float square_root(float value) {
     return _mm_cvtss_f32(_mm_sqrt_ss(_mm_set_ss(value)));
 }
 
+/// The channels from `j` on of a row that is shifted by the codebook's center; zeros behind the last.
+inline reg shifted_part(const float* x, std::size_t dim, std::size_t j, const integer_codebook& book) {
+    const std::size_t left = dim > j ? dim - j : 0;
+    return subtract(load_first(x + (dim - left), left), load(book.center + j));
+}
+
 /// Shifts a row by the codebook's center and measures it.
 inline void measure_row(const float* x, std::size_t dim, const integer_codebook& book, float* shifted,
                         row_facts& facts) {
@@ -41,8 +47,7 @@ inline void measure_row(const float* x, std::size_t dim, const integer_codebook&
     reg tops = broadcast(&zero);
     reg squares = tops;
     for (std::size_t j = 0; j < integer_fine_dim(dim); j += lanes) {
-        const std::size_t left = dim > j ? dim - j : 0;
-        const reg value = subtract(load_first(x + (dim - left), left), load(book.center + j));
+        const reg value = shifted_part(x, dim, j, book);
         tops = max(tops, magnitude(value));
         squares = fma(value, value, squares);
         store(shifted + j, value);
@@ -200,9 +205,7 @@ inline void sort_rows(const float* x, std::size_t rows, std::size_t stride, std:
         for (std::size_t v = 0; v < count; ++v) {
             const float* const row = x + (first + v) * stride;
             for (std::size_t j = 0; j < fine_dim; j += lanes) {
-                const std::size_t left = dim > j ? dim - j : 0;
-                const reg value = load_first(row + (dim - left), left);
-                store(work.shifted + v * fine_dim + j, subtract(value, load(book.center + j)));
+                store(work.shifted + v * fine_dim + j, shifted_part(row, dim, j, book));
             }
         }
         float* const products = work.products + first * segment_groups;
