@@ -1,12 +1,15 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// Everything that inference needs: views, quantizers, codecs, the KV cache. No dependency beyond the standard library;
+/// Everything that inference needs: views, quantizers, codecs, the KV cache and attention over it. No dependency beyond the standard library;
 /// training is in `rvqkv/learn.hpp`, files are in `rvqkv/files.hpp`.
 #pragma once
 
+#include "rvqkv/attend/attention_options.hpp"
+#include "rvqkv/attend/layer_attention.hpp"
 #include "rvqkv/attend/layer_config.hpp"
 #include "rvqkv/attend/page_layout.hpp"
 #include "rvqkv/attend/rope.hpp"
+#include "rvqkv/attend/softmax.hpp"
 #include "rvqkv/cache/kv_cache.hpp"
 #include "rvqkv/cache/kv_sequence.hpp"
 #include "rvqkv/cache/page_source.hpp"

@@ -229,10 +229,12 @@ private:
 
 /// What attention should give, and how far off float32 may be.
 struct attention_answer {
-    std::vector<double> out;          ///< [query token][query head][channel]
-    std::vector<double> log_sum_exp;  ///< [query token][query head]
-    double tolerance = 0.0;           ///< Of `out`.
-    double score_tolerance = 0.0;     ///< Of `log_sum_exp`.
+    std::vector<double> out;             ///< [query token][query head][channel]
+    std::vector<double> log_sum_exp;     ///< [query token][query head]
+    double tolerance = 0.0;              ///< Of `out`.
+    double score_tolerance = 0.0;        ///< Of `log_sum_exp`.
+    double table_tolerance = 0.0;        ///< Of `out`, at a level that reads small codebooks by tables.
+    double table_score_tolerance = 0.0;  ///< Of `log_sum_exp`, likewise.
 };
 
 /// By how much a channel may be off that is reconstructed from a large codebook rounded to 16 bits, at a scale of 1.5,
@@ -258,6 +260,33 @@ struct codec_rounding {
     return rounding;
 }
 
+/// By how much small tables may be off in a score of the query (scaled; as it meets the stored keys) at a token's scale
+/// of 1.5: entries are rounded to 1/1848 of the widest table, each on its own, so that six standard deviations do.
+[[nodiscard]] inline double small_table_error(const rvqkv::codec& codec, std::span<const double> query) {
+    const rvqkv::codebook_shape shape = codec.shape();
+    if (shape.codewords > 256) {
+        return 0.0;
+    }
+    double widest = 0.0;
+    for (std::size_t group = 0; group < codec.groups(); ++group) {
+        for (std::size_t depth = 0; depth < shape.depths; ++depth) {
+            double low = std::numeric_limits<double>::infinity();
+            double high = -low;
+            for (std::size_t code = 0; code < shape.codewords; ++code) {
+                double product = 0.0;
+                for (std::size_t i = 0; i < shape.dim; ++i) {
+                    product += query[codec.channel_order()[group * shape.dim + i]] *
+                               layer_pages::weight(codec, (depth * shape.codewords + code) * shape.dim + i);
+                }
+                low = std::min(low, product);
+                high = std::max(high, product);
+            }
+            widest = std::max(widest, high - low);
+        }
+    }
+    return 6.0 * 1.5 * widest / 1848.0 * std::sqrt(static_cast<double>(codec.groups() * shape.depths) / 12.0);
+}
+
 /// `queries` `[query token][query head][channel]`.
 [[nodiscard]] inline attention_answer oracle_attention(const layer_pages& pages, const std::vector<float>& queries,
                                                        std::size_t query_tokens, std::int64_t first_position,
@@ -273,6 +302,7 @@ struct codec_rounding {
     double largest_product = 0.0;
     double largest_query = 0.0;  // sum of magnitudes
     double largest_value = 0.0;
+    double table_error = 0.0;
     for (std::size_t t = 0; t < query_tokens; ++t) {
         const std::int64_t position = first_position + static_cast<std::int64_t>(t);
         for (std::size_t head = 0; head < query_heads; ++head) {
@@ -286,6 +316,15 @@ struct codec_rounding {
                 magnitude += std::fabs(number) * scale;
             }
             largest_query = std::max(largest_query, magnitude);
+            for (const rvqkv::page_run& run : pages.runs()) {
+                std::vector<double> met = query;
+                turn_row(config.rope, met,
+                         config.coding == rvqkv::key_coding::as_given ? 0 : run.coded_position - run.position, false);
+                for (double& number : met) {
+                    number *= scale;
+                }
+                table_error = std::max(table_error, small_table_error(*config.keys.codec, met));
+            }
             std::vector<double> scores;
             std::vector<const layer_pages::token*> seen;
             for (const layer_pages::token& token : pages.tokens()) {
@@ -349,6 +388,10 @@ struct codec_rounding {
         largest_query * std::max(std::sqrt(2.0) * keys.channel, 1.5 * places * 0.5 * 2.0 * keys.reach / 65000.0);
     const double values = rounding_of(*config.values.codec).channel;
     answer.tolerance = values + 2.0 * answer.score_tolerance * std::max(1.0, largest_value);
+    // Small tables: a weight is rounded to 1/255 of the largest of sixteen, a value to about 1 % of its deviation.
+    answer.table_score_tolerance = answer.score_tolerance + table_error;
+    answer.table_tolerance = (config.values.codec->shape().codewords <= 256 ? 0.04 * largest_value : values) +
+                             2.0 * answer.table_score_tolerance * std::max(1.0, largest_value);
     return answer;
 }
 
