@@ -22,6 +22,7 @@
 
 namespace {
 
+using rvqkv::code_reading;
 using rvqkv::key_coding;
 
 constexpr key_coding all_codings[] = {key_coding::as_given, key_coding::before_rope, key_coding::after_rope,
@@ -79,10 +80,10 @@ result attend(const rvqkv::layer_attention& attention, std::span<const rvqkv::pa
     return got;
 }
 
-void check_answer(const result& got, const test::attention_answer& expected, rvqkv::simd_level level) {
-    const bool by_tables = level == rvqkv::simd_level::avx512vbmi;
-    const double tolerance = by_tables ? std::max(expected.tolerance, expected.table_tolerance) : expected.tolerance;
-    const double score_tolerance = by_tables ? expected.table_score_tolerance : expected.score_tolerance;
+void check_answer(const result& got, const test::attention_answer& expected, code_reading reading) {
+    const bool is_rounded = reading == code_reading::quickest;
+    const double tolerance = is_rounded ? expected.table_tolerance : expected.tolerance;
+    const double score_tolerance = is_rounded ? expected.table_score_tolerance : expected.score_tolerance;
     REQUIRE(got.out.size() == expected.out.size());
     double worst = 0.0;
     for (std::size_t i = 0; i < got.out.size(); ++i) {
@@ -99,9 +100,9 @@ void check_answer(const result& got, const test::attention_answer& expected, rvq
     }
 }
 
-/// At every SIMD level.
+/// At every SIMD level, however codes are read.
 void check_attention(test::layer_pages& pages, std::size_t query_tokens, std::int64_t first_position,
-                     const rvqkv::attention_options& options = {}) {
+                     rvqkv::attention_options options = {}) {
     const std::vector<float> queries = random_queries(pages, query_tokens);
     const test::attention_answer expected =
         test::oracle_attention(pages, queries, query_tokens, first_position, options);
@@ -109,7 +110,12 @@ void check_attention(test::layer_pages& pages, std::size_t query_tokens, std::in
         CAPTURE(rvqkv::name_of(level));
         const auto attention =
             rvqkv::layer_attention::create(pages.config(), *rvqkv::kernels_for(level).value()).value();
-        check_answer(attend(attention, pages.runs(), queries, query_tokens, first_position, options), expected, level);
+        for (const code_reading reading : {code_reading::quickest, code_reading::reconstructed}) {
+            CAPTURE(static_cast<int>(reading));
+            options.reading = reading;
+            check_answer(attend(attention, pages.runs(), queries, query_tokens, first_position, options), expected,
+                         reading);
+        }
     }
 }
 
@@ -240,7 +246,7 @@ TEST_CASE("layer_attention: parts merge into the whole, and a sink counts once",
     const rvqkv::tensor_shape shape{2, 4, 8};
     rvqkv::merge_partial({merged.out.data(), shape}, merged.log_sum_exp, {rest.out.data(), shape}, rest.log_sum_exp)
         .value();
-    check_answer(merged, expected, rvqkv::best_kernels().level);
+    check_answer(merged, expected, code_reading::quickest);
 }
 
 TEST_CASE("layer_attention: a hook sees every score and may change or mask it", "[attend][unit]") {
@@ -255,6 +261,7 @@ TEST_CASE("layer_attention: a hook sees every score and may change or mask it", 
         bool in_place = true;
     } seen;
     rvqkv::attention_options options;
+    options.reading = code_reading::reconstructed;
     options.hook.context = &seen;
     options.hook.edit = [](void* context, const rvqkv::score_block& block) {
         auto& record = *static_cast<seen_scores*>(context);

@@ -231,9 +231,9 @@ private:
 struct attention_answer {
     std::vector<double> out;             ///< [query token][query head][channel]
     std::vector<double> log_sum_exp;     ///< [query token][query head]
-    double tolerance = 0.0;              ///< Of `out`.
-    double score_tolerance = 0.0;        ///< Of `log_sum_exp`.
-    double table_tolerance = 0.0;        ///< Of `out`, at a level that reads small codebooks by tables.
+    double tolerance = 0.0;              ///< Of `out`, where codes are reconstructed.
+    double score_tolerance = 0.0;        ///< Of `log_sum_exp`, likewise.
+    double table_tolerance = 0.0;        ///< Of `out`, where tables may be read.
     double table_score_tolerance = 0.0;  ///< Of `log_sum_exp`, likewise.
 };
 

@@ -28,6 +28,16 @@ struct score_hook {
     void* context = nullptr;
 };
 
+/// How codes are read.
+enum class code_reading {
+    /// The quickest way for the codebooks' shapes, the number of tokens and the processor. Ways through tables round
+    /// what
+    /// they look up: the output is within 1 % of what `reconstructed` gives, and differs between SIMD levels.
+    quickest,
+    /// As reconstruction gives them, up to the rounding of float32, and of large codebooks' weights to 16 bits.
+    reconstructed,
+};
+
 /// A score is made in this order: `scale * <query, key>`, soft cap, ALiBi, hook, mask.
 struct attention_options {
     float scale = 0.0F;     ///< 0: 1 / sqrt(head_dim).
@@ -37,6 +47,7 @@ struct attention_options {
         alibi_slopes;  ///< `[query head]`: a score gains slope * (key's - query's position); or empty.
     std::span<const float> sink_logits;  ///< `[query head]`: one more score, of a token whose value is 0; or empty.
     score_hook hook;
+    code_reading reading = code_reading::quickest;
 };
 
 /// Scratch memory of attention, reused from call to call. Threads: one for each caller; a call that is split over

@@ -171,7 +171,8 @@ private:
         keys_ = nullptr;
         values_ = parts_.value_tiles.get();
         const auto all = [](const page_run&) { return false; };
-        if (parts_.value_tables != nullptr && parts_.value_tables->pays(rows_, chunk_.coded_tokens(0, all))) {
+        if (parts_.value_tables != nullptr && may_round() &&
+            parts_.value_tables->pays(rows_, chunk_.coded_tokens(0, all))) {
             values_ = parts_.value_tables.get();
         }
         values_->begin(rows_, value_scratch_);
@@ -324,11 +325,12 @@ private:
         }
     }
 
+    [[nodiscard]] bool may_round() const noexcept { return options().reading == code_reading::quickest; }
     /// Tables, if enough tokens follow that they serve.
     void choose_keys(const chunk_piece& part) noexcept {
         keys_ = parts_.key_tiles.get();
         const auto other_base = [&](const page_run& run) { return base_of(run) != base_; };
-        if (parts_.key_tables != nullptr && parts_.coding != key_coding::before_rope &&
+        if (parts_.key_tables != nullptr && may_round() && parts_.coding != key_coding::before_rope &&
             parts_.key_tables->pays(rows_, chunk_.coded_tokens(chunk_.run_number(part), other_base))) {
             keys_ = parts_.key_tables.get();
         }

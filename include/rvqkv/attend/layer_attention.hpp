@@ -24,10 +24,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <new>
+#include <numeric>
 #include <span>
 #include <string>
 #include <utility>
-#include <vector>
 
 RVQKV_NAMESPACE_BEGIN
 
@@ -40,7 +41,16 @@ public:
     /// Complexity: O(weights) where a codec is read through tables.
     [[nodiscard]] static result<layer_attention> create(const kv_layer_config& config,
                                                         const kernel_table& kernels = best_kernels()) {
+        return create(config, config.query_heads, config.sliding_window, kernels);
+    }
+    /// The same for a layer that reads this layer's cache with query heads and a window of its own.
+    [[nodiscard]] static result<layer_attention> create(const kv_layer_config& config, std::size_t query_heads,
+                                                        std::size_t sliding_window,
+                                                        const kernel_table& kernels = best_kernels()) {
         if (status wrong = config.validate(); !wrong) {
+            return wrong.error();
+        }
+        if (status wrong = config.validate_query_heads(query_heads); !wrong) {
             return wrong.error();
         }
         if (config.keys.heads != config.values.heads) {
@@ -52,12 +62,12 @@ public:
         detail::attention_parts& parts = made.parts_;
         parts.kernels = &kernels;
         parts.heads = config.keys.heads;
-        parts.group = config.query_heads == 0 ? 1 : config.query_heads / config.keys.heads;
+        parts.group = query_heads == 0 ? 1 : query_heads / config.keys.heads;
         parts.key_codec = config.keys.codec;
         parts.value_codec = config.values.codec;
         parts.key_dim = parts.key_codec->head_dim();
         parts.value_dim = parts.value_codec->head_dim();
-        parts.window = config.sliding_window;
+        parts.window = sliding_window;
         parts.coding = config.coding;
         parts.turned_input = config.coding == key_coding::as_given || config.turned_input;
         if (status wrong = made.make_rope(config); !wrong) {
@@ -79,8 +89,11 @@ public:
         if (!key_tiles || !value_tiles) {
             return error{error_code::out_of_memory, "out of memory"};
         }
-        parts.key_tiles = std::make_unique<tile_key_reader>(std::move(key_tiles).value());
-        parts.value_tiles = std::make_unique<tile_value_reader>(std::move(value_tiles).value());
+        parts.key_tiles.reset(new (std::nothrow) tile_key_reader(std::move(key_tiles).value()));
+        parts.value_tiles.reset(new (std::nothrow) tile_value_reader(std::move(value_tiles).value()));
+        if (parts.key_tiles == nullptr || parts.value_tiles == nullptr) {
+            return error{error_code::out_of_memory, "out of memory"};
+        }
         if (status wrong = made.make_tables(); !wrong) {
             return wrong.error();
         }
@@ -116,7 +129,8 @@ public:
     ///             finite spoil their own results only.
     /// Preconditions: pages are laid out as their formats say, for this configuration, and no one writes to them.
     /// Threads:    none of its own; KV heads (and blocks of queries) are shared out over `workers`.
-    /// Numerics:   float32; results do not depend on the workers. A query that sees no token gives zeros.
+    /// Numerics:   float32, and as `attention_options::reading` says; results do not depend on the workers. A query
+    ///             that sees no token gives zeros.
     [[nodiscard]] status attend(std::span<const page_run> runs, const tensor_view& queries, std::int64_t first_position,
                                 const mutable_tensor_view& out, attention_workspace& workspace,
                                 const attention_options& options = {},
@@ -152,11 +166,12 @@ private:
         if (!turned) {
             return turned.error();
         }
-        std::vector<std::uint16_t> order(parts_.key_dim);
-        for (std::size_t channel = 0; channel < order.size(); ++channel) {
-            order[channel] = static_cast<std::uint16_t>(channel);
+        auto order = aligned_buffer<std::uint16_t>::allocate(parts_.key_dim);
+        if (!order) {
+            return order.error();
         }
-        auto plain = tile_rope::create(turned.value(), order, *parts_.kernels);
+        std::iota(order.value().data(), order.value().data() + parts_.key_dim, std::uint16_t{0});
+        auto plain = tile_rope::create(turned.value(), order.value().span(), *parts_.kernels);
         auto coded = tile_rope::create(turned.value(), parts_.key_codec->channel_order(), *parts_.kernels);
         if (!plain || !coded) {
             return error{error_code::out_of_memory, "out of memory"};
@@ -192,7 +207,10 @@ private:
             parts_.chunk_tokens = large_chunk_tokens;
         }
         if (large_value_tables::supports(parts_.value_codec->shape())) {
-            parts_.value_tables = std::make_unique<large_value_tables>(parts_.value_codec, *parts_.kernels);
+            parts_.value_tables.reset(new (std::nothrow) large_value_tables(parts_.value_codec, *parts_.kernels));
+            if (parts_.value_tables == nullptr) {
+                return error{error_code::out_of_memory, "out of memory"};
+            }
             parts_.chunk_tokens = large_chunk_tokens;
         }
         return {};

@@ -54,6 +54,15 @@ struct kv_layer_config {
         return keys.heads == 0 && values.heads == 0 && keys.codec == nullptr && values.codec == nullptr;
     }
 
+    /// Whether so many query heads can read this cache. Errors: `invalid_argument`.
+    [[nodiscard]] status validate_query_heads(std::size_t count) const {
+        if (count != 0 && (keys.heads != values.heads || count % keys.heads != 0)) {
+            return error{error_code::invalid_argument,
+                         "query_heads is " + std::to_string(count) + ", must be a multiple of the KV heads: " +
+                             std::to_string(keys.heads) + " of keys, " + std::to_string(values.heads) + " of values"};
+        }
+        return {};
+    }
     /// Errors: `invalid_argument` naming the field and its value.
     [[nodiscard]] status validate() const {
         const auto wrong = [](std::string message) { return error{error_code::invalid_argument, std::move(message)}; };
@@ -63,9 +72,8 @@ struct kv_layer_config {
         if (keys.heads == 0 || values.heads == 0) {
             return wrong(std::string(keys.heads == 0 ? "keys" : "values") + ".heads is 0, must be at least 1");
         }
-        if (query_heads != 0 && (keys.heads != values.heads || query_heads % keys.heads != 0)) {
-            return wrong("query_heads is " + std::to_string(query_heads) + ", must be a multiple of the KV heads: " +
-                         std::to_string(keys.heads) + " of keys, " + std::to_string(values.heads) + " of values");
+        if (status bad = validate_query_heads(query_heads); !bad) {
+            return bad;
         }
         const std::size_t mean_size = keys.heads * keys.codec->head_dim();
         if (!key_mean.empty() && key_mean.size() != mean_size) {

@@ -8,6 +8,7 @@
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
+#include "rvqkv/core/nothrow_array.hpp"
 #include "rvqkv/simd/kernels.hpp"
 
 #include <algorithm>
@@ -16,7 +17,6 @@
 #include <cstdint>
 #include <span>
 #include <utility>
-#include <vector>
 
 RVQKV_NAMESPACE_BEGIN
 
@@ -41,7 +41,9 @@ public:
         }
         made.frequencies_ = std::move(frequencies).value();
         made.table_ = std::move(table).value();
-        made.find_places(source, order);
+        if (status found = made.find_places(source, order); !found) {
+            return found.error();
+        }
         for (std::size_t i = 0; i < made.angles_; ++i) {
             const double frequency = source.frequency(made.pairs_[i].pair);
             made.frequencies_[i] = frequency;
@@ -63,8 +65,7 @@ public:
     [[nodiscard]] std::size_t first_place(std::size_t angle) const noexcept { return pairs_[angle].first; }
     [[nodiscard]] std::size_t second_place(std::size_t angle) const noexcept { return pairs_[angle].second; }
     [[nodiscard]] std::size_t bytes() const noexcept {
-        return frequencies_.bytes() + table_.bytes() + pairs_.size() * sizeof(pair_places) +
-               runs_.size() * sizeof(channel_pairs);
+        return frequencies_.bytes() + table_.bytes() + pairs_.bytes() + runs_.bytes();
     }
 
     /// Cosines, then sines, of a tile's tokens: `[tile_tokens, 2 * angles]`, times the attention factor.
@@ -73,7 +74,7 @@ public:
     /// Turns rows of a tile, from place `first` on, by their places, and multiplies by the attention factor.
     void turn(float* rows, std::size_t count, std::size_t stride, std::size_t first) const noexcept {
         const float* const row = table_.data() + first * 2 * angles_;
-        kernels_->attention.turn(rows, count, stride, runs_.data(), runs_.size(), row, row + angles_, 2 * angles_);
+        kernels_->attention.turn(rows, count, stride, runs_.data(), run_count_, row, row + angles_, 2 * angles_);
     }
 
     /// The angles of one position, and of one after the other more quickly. Lives in memory of the caller.
@@ -122,7 +123,7 @@ public:
         }
         /// Turns rows back by the position, without the attention factor.
         void turn_back(float* rows, std::size_t count, std::size_t stride) const noexcept {
-            turn_back(rows, count, stride, parent_->runs_.data(), parent_->runs_.size());
+            turn_back(rows, count, stride, parent_->runs_.data(), parent_->run_count_);
         }
         /// The same for pairs that stand elsewhere.
         void turn_back(float* rows, std::size_t count, std::size_t stride, const channel_pairs* pairs,
@@ -148,13 +149,21 @@ private:
     };
 
     /// Where the channels of each pair stand, and neighbours put together that loops can take at once.
-    void find_places(const rope& source, std::span<const std::uint16_t> order) {
-        std::vector<std::size_t> places(order.size());
+    [[nodiscard]] status find_places(const rope& source, std::span<const std::uint16_t> order) {
+        auto places_of = detail::nothrow_array<std::size_t>::allocate(order.size());
+        auto pairs = detail::nothrow_array<pair_places>::allocate(angles_);
+        auto runs = detail::nothrow_array<channel_pairs>::allocate(angles_);
+        if (!places_of || !pairs || !runs) {
+            return error{error_code::out_of_memory, "out of memory"};
+        }
+        pairs_ = std::move(pairs).value();
+        runs_ = std::move(runs).value();
+        detail::nothrow_array<std::size_t>& places = places_of.value();
         for (std::size_t place = 0; place < order.size(); ++place) {
             places[order[place]] = place;
         }
         for (std::size_t pair = 0; pair < angles_; ++pair) {
-            pairs_.push_back({places[source.first_channel(pair)], places[source.second_channel(pair)], pair});
+            pairs_[pair] = {places[source.first_channel(pair)], places[source.second_channel(pair)], pair};
         }
         std::sort(pairs_.begin(), pairs_.end(),
                   [](const pair_places& a, const pair_places& b) { return a.first < b.first; });
@@ -169,15 +178,17 @@ private:
             while (follows(run.step)) {
                 ++run.count;
             }
-            runs_.push_back(run);
+            runs_[run_count_++] = run;
             i += run.count;
         }
+        return {};
     }
 
     std::size_t angles_ = 0;
     const kernel_table* kernels_ = nullptr;
-    std::vector<pair_places> pairs_;      // by angle
-    std::vector<channel_pairs> runs_;     // all pairs
+    std::size_t run_count_ = 0;
+    detail::nothrow_array<pair_places> pairs_;   // by angle
+    detail::nothrow_array<channel_pairs> runs_;  // the first `run_count_`: all pairs
     aligned_buffer<double> frequencies_;  // [3, angles]: radians for each position; cosine and sine of a tile's length
     aligned_buffer<float> table_;
 };

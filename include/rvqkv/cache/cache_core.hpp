@@ -6,10 +6,10 @@
 #include "rvqkv/cache/cache_config.hpp"
 #include "rvqkv/cache/cache_layer.hpp"
 #include "rvqkv/cache/kv_workspace.hpp"
-#include "rvqkv/cache/nothrow_array.hpp"
 #include "rvqkv/cache/page_pool.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
+#include "rvqkv/core/nothrow_array.hpp"
 #include "rvqkv/core/parallel_for.hpp"
 
 #include <atomic>

@@ -82,15 +82,11 @@ public:
 
     /// Readies attention over the tokens of the layer that owns them, `owner`. Errors: `out_of_memory`.
     [[nodiscard]] status make_attention(const cache_layer& owner) {
-        kv_layer_config read = owner.config_;
+        const kv_layer_config& read = owner.config_;
         if (read.is_empty() || read.keys.heads != read.values.heads) {
             return {};
         }
-        if (&owner != this) {
-            read.query_heads = config_.query_heads;
-            read.sliding_window = config_.sliding_window;
-        }
-        auto made = layer_attention::create(read);
+        auto made = layer_attention::create(read, config_.query_heads, config_.sliding_window);
         if (!made) {
             return made.error();
         }

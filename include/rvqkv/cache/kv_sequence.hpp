@@ -11,12 +11,12 @@
 #include "rvqkv/cache/cache_layer.hpp"
 #include "rvqkv/cache/kv_workspace.hpp"
 #include "rvqkv/cache/layer_tokens.hpp"
-#include "rvqkv/cache/nothrow_array.hpp"
 #include "rvqkv/cache/page_stock.hpp"
 #include "rvqkv/cache/run_list.hpp"
 #include "rvqkv/cache/writer_flag.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
+#include "rvqkv/core/nothrow_array.hpp"
 #include "rvqkv/core/parallel_for.hpp"
 #include "rvqkv/core/tensor_view.hpp"
 

@@ -3,11 +3,11 @@
 /// Scratch memory of one writer or reader of a cache.
 #pragma once
 
-#include "rvqkv/cache/nothrow_array.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
+#include "rvqkv/core/nothrow_array.hpp"
 #include "rvqkv/quantize/vector_quantizer.hpp"
 
 #include <algorithm>

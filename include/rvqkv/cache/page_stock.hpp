@@ -4,10 +4,10 @@
 #pragma once
 
 #include "rvqkv/cache/cache_layer.hpp"
-#include "rvqkv/cache/nothrow_array.hpp"
 #include "rvqkv/cache/page_pool.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
+#include "rvqkv/core/nothrow_array.hpp"
 
 #include <algorithm>
 #include <cstddef>
