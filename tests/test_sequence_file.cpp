@@ -2,6 +2,7 @@
 /// @file
 /// Saved sequences: what is saved goes on as if it had never left memory; nothing else is taken for it; and whatever
 /// interrupts a save leaves the old file or the new one.
+#include "rvqkv/files/safetensors.hpp"
 #include "rvqkv/files/sequence_file.hpp"
 #include "support/allocation_counter.hpp"
 #include "support/catch.hpp"
@@ -772,6 +773,32 @@ TEST_CASE("saved sequence: memory that runs out loses nothing, neither in memory
 
 namespace {
 
+/// A cache for the sample of a real model: two layers of 3 heads, keys before rotary embedding.
+kv_cache make_real_cache(rvqkv::codebook_shape shape) {
+    kv_cache_config config;
+    const shared_codec keys = make_codec(64, shape, rvqkv::scale_kind::std_dev);
+    const shared_codec values = make_codec(64, shape, rvqkv::scale_kind::std_dev, 2);
+    config.layers.assign(2, {{keys, 3}, {values, 3}});
+    config.layers[0].coding = key_coding::after_rope;
+    config.layers[0].turned_input = false;
+    return make_cache(config);
+}
+
+/// Appends tokens [first, first + count) of the sample's 4096.
+void append_real(kv_sequence& sequence, std::size_t first, std::size_t count) {
+    const auto sample = rvqkv::safetensors_file::open(RVQKV_TEST_SAMPLE).value();
+    rvqkv::kv_workspace workspace;
+    const rvqkv::tensor_shape shape{count, 3, 64};
+    for (const std::size_t layer : {std::size_t{0}, std::size_t{1}}) {
+        const std::string name = layer == 0 ? "layers.9." : "layers.19.";
+        std::vector<float> keys(shape.tokens * 3 * 64);
+        std::vector<float> values(keys.size());
+        sample.read_floats(name + "key", keys, first * 3 * 64).value();
+        sample.read_floats(name + "value", values, first * 3 * 64).value();
+        sequence.append(layer, {keys.data(), shape}, {values.data(), shape}, workspace).value();
+    }
+}
+
 /// Saves two states of a sequence in turn until it is killed.
 [[noreturn]] void save_for_ever(const kv_sequence& old, const kv_sequence& young, const std::string& path,
                                 bool incremental) {
@@ -787,16 +814,11 @@ namespace {
 }  // namespace
 
 TEST_CASE("saved sequence: a process killed while it saves leaves the old sequence or the new one", "[saved][slow]") {
-    const shared_codec keys = make_codec(64, {3, 16, 8}, rvqkv::scale_kind::std_dev);
-    const shared_codec values = make_codec(64, {3, 16, 8}, rvqkv::scale_kind::std_dev, 2);
-    kv_cache_config config;
-    config.layers.assign(2, {{keys, 2}, {values, 2}});
-    config.layers[0].coding = key_coding::after_rope;
-    const kv_cache cache = make_cache(config);
+    const kv_cache cache = make_real_cache({3, 16, 8});
     kv_sequence old = cache.new_sequence().value();
-    append(old, 4096 - 200, 1);
+    append_real(old, 0, 4096 - 200);
     kv_sequence young = old.fork().value();
-    append(young, 200, 2);
+    append_real(young, 4096 - 200, 200);
     REQUIRE(young.tokens(1) == 4096);
     test::random_source random;
     for (const bool incremental : {false, true}) {
@@ -836,4 +858,26 @@ TEST_CASE("saved sequence: a process killed while it saves leaves the old sequen
             REQUIRE(youngs > kills / 20);
         }
     }
+}
+
+TEST_CASE("saved sequence: no flipped byte of 4,096 real tokens passes", "[saved][slow]") {
+    const kv_cache cache = make_real_cache({1, 16, 8});
+    kv_sequence sequence = cache.new_sequence().value();
+    append_real(sequence, 0, 4096);
+    std::string file = saved(sequence);
+    REQUIRE(equal(load_sequence(cache, bytes_of(file)).value(), sequence));
+    test::random_source random;
+    CAPTURE(test::seed(), file.size());
+    const std::size_t step = file.size() / std::min(test::rounds(file.size()), file.size());
+    for (std::size_t at = 0; at < file.size(); at += step) {
+        const char good = file[at];
+        file[at] = static_cast<char>(good ^ static_cast<char>(random.integer(1, 255)));
+        const auto loaded = load_sequence(cache, bytes_of(file));
+        if (loaded.ok() || loaded.error().code == error_code::out_of_memory) {
+            CAPTURE(at);
+            FAIL("a flipped byte passed");
+        }
+        file[at] = good;
+    }
+    REQUIRE(equal(load_sequence(cache, bytes_of(file)).value(), sequence));
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// Everything that inference needs: views, quantizers, codecs, the KV cache and attention over it. No dependency beyond the standard library;
-/// training is in `rvqkv/learn.hpp`, files are in `rvqkv/files.hpp`.
+/// Everything that inference needs: views, quantizers, codecs, the KV cache and attention over it. No dependency beyond
+/// the standard library; training is in `rvqkv/learn.hpp`, files are in `rvqkv/files.hpp`.
 #pragma once
 
 #include "rvqkv/attend/attention_options.hpp"
