@@ -172,6 +172,7 @@ int main(int argc, char** argv) {
     const bool is_same = memcmp(out, again, query_heads * value_dim * sizeof out[0]) == 0;
     printf("restored from %s: %zu tokens, attention %s\n", path, rvqkv_sequence_tokens(restored, 0),
            is_same ? "the same" : "differs");
+    remove(path);
 
     const rvqkv_sequence_bytes held = rvqkv_sequence_memory(chat);
     printf("memory: %zu bytes of codes and scales, %zu of exact tokens, %zu as float16\n", held.codes + held.scales,

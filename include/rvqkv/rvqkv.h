@@ -23,7 +23,8 @@
 ///           writer. A workspace serves one call at a time. Functions of `rvqkv_codec`, `rvqkv_codecs` and
 ///           `rvqkv_cache` may be called at any time from any thread, sequences are independent of each other, forks
 ///           too.
-/// Pointers: those given in structs are needed during the call only, but for callbacks and their contexts.
+/// Pointers: those given in structs are needed during the call only, but for callbacks and their contexts. Callbacks
+///           return: they neither throw nor jump away.
 #pragma once
 
 #include "rvqkv/version.hpp"
@@ -48,7 +49,7 @@ enum {
     RVQKV_INVALID_ARGUMENT = 1,  ///< A configuration, shape, range or handle that makes no sense.
     RVQKV_UNSUPPORTED = 2,       ///< Well formed, but not something this version or machine can do.
     RVQKV_OUT_OF_MEMORY = 3,     ///< An allocation failed; everything is as it was before the call.
-    RVQKV_IO = 4,                ///< The operating system refused a file or a thread.
+    RVQKV_IO = 4,                ///< The operating system refused to open, read, write or rename a file.
     RVQKV_DAMAGED_FILE = 5       ///< Bytes that are not what the format demands: cut, flipped or hostile.
 };
 

@@ -38,7 +38,6 @@
 #include <new>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -126,7 +125,7 @@ rvqkv_status run(rvqkv_error* error, arguments needed, const Body& body) {
 }
 
 /// Every function that can fail: checks its pointers, does its work and says how that ended. The one place where
-/// exceptions are caught: those of the standard library's containers and of functions that a caller gave.
+/// exceptions are caught: those of the standard library's containers.
 template <class Body>
 rvqkv_status call(rvqkv_error* error, arguments needed, const Body& body) noexcept {
 #if RVQKV_EXCEPTIONS
@@ -136,8 +135,6 @@ rvqkv_status call(rvqkv_error* error, arguments needed, const Body& body) noexce
         return report(error, status_of(failure.code()), failure.what());
     } catch (const std::bad_alloc&) {
         return report(error, RVQKV_OUT_OF_MEMORY, "out of memory");
-    } catch (const std::system_error& failure) {
-        return report(error, RVQKV_IO, failure.what());
     } catch (const std::exception& failure) {
         return report(error, RVQKV_INVALID_ARGUMENT, failure.what());
     }
@@ -217,8 +214,8 @@ template <class Struct>
 
 [[nodiscard]] inline result<mutable_tensor_view> view_of(const char* name, const rvqkv_tensor& tensor) {
     dtype type = dtype::float32;
-    if (status bad = set_type(type, name, tensor.type); !bad) {
-        return wrong(std::string(name) + ": type of " + bad.error().message);
+    if (status bad = set_type(type, "type", tensor.type); !bad) {
+        return wrong(std::string(name) + ": " + bad.error().message);
     }
     if (tensor.data == nullptr && tensor.tokens != 0 && tensor.heads != 0 && tensor.channels != 0) {
         return wrong(std::string(name) + ": data is null");
