@@ -3,8 +3,9 @@
 /// The cache for engines in C, Rust, Go and older C++: plain C99, for which one C++20 file is compiled. On its own:
 ///
 ///     echo '#include <rvqkv/c_api/compile_c_api.hpp>' > rvqkv_c.cpp
-///     c++ -std=c++20 -O2 $(pkg-config --cflags rvqkv) -c rvqkv_c.cpp
-///     cc -c engine.c $(pkg-config --cflags-only-I rvqkv) && c++ engine.o rvqkv_c.o -o engine
+///     c++ -O2 $(pkg-config --cflags rvqkv) -c rvqkv_c.cpp
+///     cc -O2 $(pkg-config --cflags-only-I rvqkv) -c engine.c
+///     c++ engine.o rvqkv_c.o -o engine
 ///
 /// It needs the headers of nlohmann-json and xxhash, as `rvqkv/files.hpp` does. Functions here are named after those of
 /// the C++ classes and do the same; `rvqkv/cache/kv_sequence.hpp` says more of each.

@@ -82,9 +82,7 @@ namespace detail::c_api {
 
 /// Copies as much of a text as there is room for.
 inline void copy_text(std::string_view text, char* to, std::size_t room) noexcept {
-    const std::size_t length = std::min(text.size(), room - 1);
-    std::memcpy(to, text.data(), length);
-    to[length] = '\0';
+    to[text.copy(to, room - 1)] = '\0';
 }
 
 inline rvqkv_status report(rvqkv_error* to, rvqkv_status status, std::string_view message) noexcept {
