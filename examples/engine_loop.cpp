@@ -2,13 +2,17 @@
 /// @file
 /// The cache in an engine's loop, with the attention shape of Llama-3-8B and random numbers for a model: a prompt at
 /// once, then token by token, each step attending on the codes; a fork, a rejected draft, a context that is full and
-/// shifts. After the set-up nothing is allocated but for the fork.
+/// shifts, a conversation that is saved, and restored where it was. After the set-up nothing is allocated but for the
+/// fork and the file.
+#include <rvqkv/files.hpp>
 #include <rvqkv/rvqkv.hpp>
 
 #include <cmath>
 #include <cstddef>
 #include <cstdio>
+#include <cstring>
 #include <exception>
+#include <filesystem>
 #include <memory>
 #include <random>
 #include <span>
@@ -67,6 +71,19 @@ public:
             sum_ += static_cast<double>(rvqkv::to_float(out_[0]));
         }
         return sum_;
+    }
+    /// Whether the last token attends to two sequences with the same result, in all layers.
+    bool attends_alike(const rvqkv::kv_sequence& one, const rvqkv::kv_sequence& other) {
+        bool is_same = true;
+        const rvqkv::tensor_shape shape{1, query_heads, head_dim};
+        std::vector<rvqkv::bfloat16> out(query_heads * head_dim);
+        for (std::size_t layer = 0; layer < layers; ++layer) {
+            project(queries_.data(), out.size());
+            one.attend(layer, {queries_.data(), shape}, {out_.data(), shape}, attention_).value();
+            other.attend(layer, {queries_.data(), shape}, {out.data(), shape}, attention_).value();
+            is_same = is_same && std::memcmp(out.data(), out_.data(), out.size() * sizeof out[0]) == 0;
+        }
+        return is_same;
     }
 
 private:
@@ -134,11 +151,24 @@ int main() try {
             chat.truncate(kept).value();
         }
     }
+
+    // The conversation rests in a file, to which a later save adds what is new, and goes on from there.
+    const std::filesystem::path file = "engine_loop.sequence";
+    rvqkv::save_sequence(chat, file).value();
+    sum += llama.step(chat, 1);
+    rvqkv::save_sequence(chat, file, {.incremental = true}).value();
+    rvqkv::kv_sequence restored = rvqkv::load_sequence(cache, file).value();
+    const bool is_same = llama.attends_alike(chat, restored);
+    std::printf("restored: %zu tokens from %zu bytes, attention %s\n", restored.tokens(0),
+                static_cast<std::size_t>(std::filesystem::file_size(file)), is_same ? "the same" : "differs");
+    std::filesystem::remove(file);
+    sum += llama.step(restored, 1);
+
     const rvqkv::kv_sequence_bytes bytes = chat.bytes();
     const std::size_t exact = layers * chat.tokens(0) * 2 * heads * head_dim * sizeof(rvqkv::bfloat16);
     std::printf("%zu tokens: %zu bytes of codes and scales, %zu of exact tokens, %zu as bfloat16\n", chat.tokens(0),
                 bytes.codes + bytes.scales, bytes.exact, exact);
-    return std::isfinite(sum) ? 0 : 1;
+    return std::isfinite(sum) && is_same ? 0 : 1;
 } catch (const std::exception& failure) {
     std::fprintf(stderr, "engine_loop: %s\n", failure.what());
     return 1;

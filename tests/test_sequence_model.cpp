@@ -3,12 +3,14 @@
 /// Sequences against a plain reference that holds every token by itself: random operations, with memory and without,
 /// must leave both with the same tokens in the same tiers, bit for bit, and no page may be lost.
 #include "rvqkv/cache/kv_cache.hpp"
+#include "rvqkv/files/sequence_file.hpp"
 #include "rvqkv/simd/convert.hpp"
 #include "support/allocation_counter.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/page_sources.hpp"
 #include "support/random.hpp"
+#include "support/temp_dir.hpp"
 #include "support/weights.hpp"
 
 #include <algorithm>
@@ -16,8 +18,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <filesystem>
 #include <limits>
 #include <memory>
+#include <new>
 #include <optional>
 #include <span>
 #include <string>
@@ -300,6 +304,12 @@ struct pair_of_both {
     std::vector<std::vector<token>> model;  // by layer
 };
 
+/// A file, and what it must hold; nothing before the first save.
+struct saved_sequence {
+    std::filesystem::path path;
+    std::vector<std::vector<token>> model;
+};
+
 class world {
 public:
     /// With `fails`, memory runs out now and then.
@@ -412,6 +422,10 @@ private:
             both.real = std::move(moved);
         } else if (choice == 35) {
             cache_->release_free_pages();
+        } else if (choice == 36 && random_.integer(0, 3) == 0) {  // rare: a file takes as long as a hundred others
+            save(both);
+        } else if (choice == 37 && random_.integer(0, 3) == 0) {
+            restore(both);
         } else {
             append(both);
         }
@@ -533,6 +547,43 @@ private:
             })) {
             std::vector<std::vector<token>> copy = both.model;
             sequences_.push_back({std::move(*made), std::move(copy)});
+        }
+    }
+
+    /// What handles files may also say by exception that there is no memory: its strings do.
+    template <class Operation>
+    [[nodiscard]] static rvqkv::status with_strings(const Operation& operation) {
+        try {
+            return operation();
+        } catch (const std::bad_alloc&) {
+            return rvqkv::error{rvqkv::error_code::out_of_memory, {}};
+        }
+    }
+    /// A save that fails leaves what was saved there before.
+    void save(const pair_of_both& both) {
+        saved_sequence& to = saved_[random_.integer(0, saved_.size() - 1)];
+        const rvqkv::save_sequence_options options{random_.integer(0, 2) != 0};
+        if (attempt([&] { return with_strings([&] { return rvqkv::save_sequence(both.real, to.path, options); }); })) {
+            to.model = both.model;
+        }
+    }
+    /// What was saved last, of whichever sequence, takes the place of a sequence.
+    void restore(pair_of_both& both) {
+        const saved_sequence& from = saved_[random_.integer(0, saved_.size() - 1)];
+        if (from.model.empty()) {
+            return;
+        }
+        std::optional<kv_sequence> made;
+        const auto load = [&]() -> rvqkv::status {
+            auto loaded = rvqkv::load_sequence(*cache_, from.path);
+            if (!loaded) {
+                return loaded.error();
+            }
+            made = std::move(loaded).value();
+            return {};
+        };
+        if (attempt([&] { return with_strings(load); })) {
+            both = {std::move(*made), from.model};
         }
     }
 
@@ -700,6 +751,8 @@ private:
     rvqkv::attention_workspace attention_;
     std::array<std::optional<model_layer>, 5> layers_;
     std::vector<pair_of_both> sequences_;
+    test::temp_dir folder_;
+    std::array<saved_sequence, 2> saved_{{{folder_.path() / "one", {}}, {folder_.path() / "other", {}}}};
 };
 
 void run_worlds(std::size_t operations, bool fails) {
