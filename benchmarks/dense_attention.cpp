@@ -9,56 +9,19 @@
 namespace bench {
 namespace {
 
-constexpr int group = static_cast<int>(dense_group);
-constexpr int registers = static_cast<int>(dense_head_dim) / 16;
+constexpr std::size_t group = dense_group;
+constexpr std::size_t channels = dense_head_dim;
+constexpr std::size_t block = dense_block;
+constexpr std::size_t lanes = 16;
+constexpr std::size_t block_bytes = block * channels * sizeof(std::uint16_t);
 
 __m512 load_half(const std::uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-/// Four tokens against four queries at a time: a row is converted once for all of them.
-void dense_scores(const std::uint16_t* keys, std::size_t tokens, const float* queries, float* scores) {
-    for (std::size_t t = 0; t < tokens; t += 4) {
-        __m512 sums[group][4];
-        for (auto& of_query : sums) {
-            for (__m512& sum : of_query) {
-                sum = _mm512_setzero_ps();
-            }
-        }
-        const auto* const ahead = reinterpret_cast<const char*>(keys + (t + 24) * dense_head_dim);
-        for (int line = 0; line < 16; ++line) {
-            _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
-        }
-        for (int c = 0; c < registers; ++c) {
-            __m512 key[4];
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                key[i] = load_half(keys + (t + static_cast<std::size_t>(i)) * dense_head_dim + c * 16);
-            }
-#pragma GCC unroll 4
-            for (int h = 0; h < group; ++h) {
-                const __m512 query = _mm512_loadu_ps(queries + h * static_cast<int>(dense_head_dim) + c * 16);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    sums[h][i] = _mm512_fmadd_ps(query, key[i], sums[h][i]);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int h = 0; h < group; ++h) {
-            // The sums of the lanes of four registers, side by side.
-            const __m512 low =
-                _mm512_add_ps(_mm512_unpacklo_ps(sums[h][0], sums[h][1]), _mm512_unpackhi_ps(sums[h][0], sums[h][1]));
-            const __m512 high =
-                _mm512_add_ps(_mm512_unpacklo_ps(sums[h][2], sums[h][3]), _mm512_unpackhi_ps(sums[h][2], sums[h][3]));
-            const __m512 quarters =
-                _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(low), _mm512_castps_pd(high))),
-                              _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(low), _mm512_castps_pd(high))));
-            const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-            _mm_storeu_ps(scores + static_cast<std::size_t>(h) * tokens + t,
-                          _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-        }
-    }
+/// Each of a block's 256 steps brings one line of the block that comes next: values during keys, keys during values.
+void prefetch(const std::uint16_t* block_ahead, std::size_t step) {
+    _mm_prefetch(reinterpret_cast<const char*>(block_ahead) + step * 64, _MM_HINT_T0);
 }
 
 /// exp of numbers up to 0, to some 2e-7 of the value.
@@ -74,63 +37,100 @@ __m512 exp_of_negative(__m512 x) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-void dense_softmax(float* scores, std::size_t tokens) {
-    for (int h = 0; h < group; ++h, scores += tokens) {
-        __m512 top = _mm512_set1_ps(-INFINITY);
-        for (std::size_t t = 0; t < tokens; t += 16) {
-            top = _mm512_max_ps(top, _mm512_loadu_ps(scores + t));
+/// The softmax so far: weights are relative to `highest`.
+struct running_softmax {
+    __m512 totals[group];
+    float highest[group];
+};
+
+/// Weights `[4, 64]` of a block's tokens. Returns whether a new maximum came up; `shrink` is what older sums are to be
+/// multiplied by then.
+bool dense_weights(const std::uint16_t* keys, const std::uint16_t* ahead, const float* queries, running_softmax& state,
+                   float* weights, float* shrink) {
+    __m512 scores[group][4];
+    for (auto& of_query : scores) {
+        for (__m512& score : of_query) {
+            score = _mm512_setzero_ps();
         }
-        const __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-        __m512 total = _mm512_setzero_ps();
-        for (std::size_t t = 0; t < tokens; t += 16) {
-            const __m512 weight = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + t), highest));
-            total = _mm512_add_ps(total, weight);
-            _mm512_storeu_ps(scores + t, weight);
+    }
+    for (std::size_t c = 0; c < channels; ++c) {
+        prefetch(ahead, 2 * c);
+        prefetch(ahead, 2 * c + 1);
+        __m512 key[4];
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < 4; ++i) {
+            key[i] = load_half(keys + c * block + i * lanes);
         }
-        const __m512 share = _mm512_set1_ps(1.0F / _mm512_reduce_add_ps(total));
-        for (std::size_t t = 0; t < tokens; t += 16) {
-            _mm512_storeu_ps(scores + t, _mm512_mul_ps(share, _mm512_loadu_ps(scores + t)));
+#pragma GCC unroll 4
+        for (std::size_t h = 0; h < group; ++h) {
+            const __m512 query = _mm512_set1_ps(queries[h * channels + c]);
+#pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) {
+                scores[h][i] = _mm512_fmadd_ps(query, key[i], scores[h][i]);
+            }
+        }
+    }
+    bool is_new = false;
+    for (std::size_t h = 0; h < group; ++h) {
+        const __m512 top =
+            _mm512_max_ps(_mm512_max_ps(scores[h][0], scores[h][1]), _mm512_max_ps(scores[h][2], scores[h][3]));
+        const float highest = _mm512_reduce_max_ps(top);
+        shrink[h] = 1.0F;
+        if (highest > state.highest[h]) {
+            shrink[h] = std::exp(state.highest[h] - highest);
+            state.highest[h] = highest;
+            state.totals[h] = _mm512_mul_ps(state.totals[h], _mm512_set1_ps(shrink[h]));
+            is_new = true;
+        }
+        for (std::size_t i = 0; i < 4; ++i) {
+            const __m512 weight = exp_of_negative(_mm512_sub_ps(scores[h][i], _mm512_set1_ps(state.highest[h])));
+            state.totals[h] = _mm512_add_ps(state.totals[h], weight);
+            _mm512_storeu_ps(weights + h * block + i * lanes, weight);
+        }
+    }
+    return is_new;
+}
+
+/// Half of the channels at a time: 16 sums stay in registers over a block.
+void dense_values(const std::uint16_t* values, const std::uint16_t* ahead, const float* weights, float* out) {
+    for (std::size_t half = 0; half < 2; ++half) {
+        float* const to = out + half * channels / 2;
+        __m512 sums[group][4];
+        for (std::size_t h = 0; h < group; ++h) {
+            for (std::size_t i = 0; i < 4; ++i) {
+                sums[h][i] = _mm512_loadu_ps(to + h * channels + i * lanes);
+            }
+        }
+        for (std::size_t t = 0; t < block; ++t) {
+            prefetch(ahead, 2 * (half * block + t));
+            prefetch(ahead, 2 * (half * block + t) + 1);
+            const std::uint16_t* const row = values + t * channels + half * channels / 2;
+            __m512 value[4];
+#pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) {
+                value[i] = load_half(row + i * lanes);
+            }
+#pragma GCC unroll 4
+            for (std::size_t h = 0; h < group; ++h) {
+                const __m512 weight = _mm512_set1_ps(weights[h * block + t]);
+#pragma GCC unroll 4
+                for (std::size_t i = 0; i < 4; ++i) {
+                    sums[h][i] = _mm512_fmadd_ps(weight, value[i], sums[h][i]);
+                }
+            }
+        }
+        for (std::size_t h = 0; h < group; ++h) {
+            for (std::size_t i = 0; i < 4; ++i) {
+                _mm512_storeu_ps(to + h * channels + i * lanes, sums[h][i]);
+            }
         }
     }
 }
 
-/// Half of the channels at a time: 16 sums stay in registers over 64 tokens.
-void dense_values(const std::uint16_t* values, std::size_t tokens, const float* weights, float* out) {
-    for (std::size_t i = 0; i < dense_group * dense_head_dim; ++i) {
-        out[i] = 0.0F;
-    }
-    for (std::size_t block = 0; block < tokens; block += 64) {
-        for (int half = 0; half < 2; ++half) {
-            float* const to = out + half * 64;
-            __m512 sums[group][4];
-            for (int h = 0; h < group; ++h) {
-                for (int c = 0; c < 4; ++c) {
-                    sums[h][c] = _mm512_loadu_ps(to + h * static_cast<int>(dense_head_dim) + c * 16);
-                }
-            }
-            for (std::size_t t = block; t < block + 64; ++t) {
-                const std::uint16_t* const row = values + t * dense_head_dim + half * 64;
-                _mm_prefetch(reinterpret_cast<const char*>(row + 48 * dense_head_dim), _MM_HINT_T0);
-                _mm_prefetch(reinterpret_cast<const char*>(row + 48 * dense_head_dim + 32), _MM_HINT_T0);
-                __m512 value[4];
-#pragma GCC unroll 4
-                for (int c = 0; c < 4; ++c) {
-                    value[c] = load_half(row + c * 16);
-                }
-#pragma GCC unroll 4
-                for (int h = 0; h < group; ++h) {
-                    const __m512 weight = _mm512_set1_ps(weights[static_cast<std::size_t>(h) * tokens + t]);
-#pragma GCC unroll 4
-                    for (int c = 0; c < 4; ++c) {
-                        sums[h][c] = _mm512_fmadd_ps(weight, value[c], sums[h][c]);
-                    }
-                }
-            }
-            for (int h = 0; h < group; ++h) {
-                for (int c = 0; c < 4; ++c) {
-                    _mm512_storeu_ps(to + h * static_cast<int>(dense_head_dim) + c * 16, sums[h][c]);
-                }
-            }
+void scale(float* out, const float* factors) {
+    for (std::size_t h = 0; h < group; ++h) {
+        for (std::size_t c = 0; c < channels; ++c) {
+            out[h * channels + c] *= factors[h];
         }
     }
 }
@@ -142,10 +142,30 @@ bool has_dense_attention() noexcept {
 }
 
 void dense_attention(const std::uint16_t* keys, const std::uint16_t* values, std::size_t tokens, const float* queries,
-                     float* scores, float* out) {
-    dense_scores(keys, tokens, queries, scores);
-    dense_softmax(scores, tokens);
-    dense_values(values, tokens, scores, out);
+                     float* out) {
+    static_assert(block_bytes == 256 * 64);
+    running_softmax state;
+    for (std::size_t h = 0; h < group; ++h) {
+        state.totals[h] = _mm512_setzero_ps();
+        state.highest[h] = -INFINITY;
+    }
+    for (std::size_t i = 0; i < group * channels; ++i) {
+        out[i] = 0.0F;
+    }
+    float factors[group];
+    alignas(64) float weights[group * block];
+    for (std::size_t t = 0; t < tokens; t += block) {
+        const std::uint16_t* const block_keys = keys + t * channels;
+        const std::uint16_t* const block_values = values + t * channels;
+        if (dense_weights(block_keys, block_values, queries, state, weights, factors)) {
+            scale(out, factors);
+        }
+        dense_values(block_values, block_keys + block * channels, weights, out);
+    }
+    for (std::size_t h = 0; h < group; ++h) {
+        factors[h] = 1.0F / _mm512_reduce_add_ps(state.totals[h]);
+    }
+    scale(out, factors);
 }
 
 }  // namespace bench
@@ -158,7 +178,7 @@ bool has_dense_attention() noexcept {
     return false;
 }
 
-void dense_attention(const std::uint16_t*, const std::uint16_t*, std::size_t, const float*, float*, float*) {}
+void dense_attention(const std::uint16_t*, const std::uint16_t*, std::size_t, const float*, float*) {}
 
 }  // namespace bench
 
