@@ -73,14 +73,18 @@ filled& sequence_of(const bench::preset& given) {
     return made.try_emplace(given.name, given).first->second;
 }
 
-/// Codes and scales of all tokens but the sinks and the recent ones, which are float16: what it should take.
+/// What it should take: codes and scales of the tokens whose pages are full and older than the recent ones, and float16
+/// for the others.
 double bytes_by_formula(const rvqkv::kv_cache_config& config) {
     const rvqkv::codec& codec = *config.layers[0].keys.codec;
-    const double bits = static_cast<double>(codec.groups() * codec.depths() * codec.bits_per_code());
-    const double coded = bits / 8 + static_cast<double>(codec.stores_scale() ? rvqkv::size_of(codec.scale_type()) : 0);
-    const double exact = 2.0 * bench::head_dim;
-    const auto exact_tokens = static_cast<double>(config.sink_tokens + config.recent_tokens);
-    return 2.0 * bench::kv_heads * (exact * exact_tokens + coded * (static_cast<double>(context) - exact_tokens));
+    const std::size_t coded =
+        (context - config.sink_tokens - config.recent_tokens) / config.page_tokens * config.page_tokens;
+    const double code_bytes = static_cast<double>(codec.groups() * codec.depths() * codec.bits_per_code()) / 8;
+    const double scale_bytes = codec.stores_scale() ? static_cast<double>(rvqkv::size_of(codec.scale_type())) : 0.0;
+    const double exact_bytes = 2.0 * bench::head_dim;
+    return 2.0 * bench::kv_heads *
+           ((code_bytes + scale_bytes) * static_cast<double>(coded) +
+            exact_bytes * static_cast<double>(context - coded));
 }
 
 void attend(benchmark::State& state, const bench::preset& given) {

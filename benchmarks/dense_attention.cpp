@@ -4,6 +4,7 @@
 #ifdef __AVX512F__
 
 #include <immintrin.h>
+#include <algorithm>
 #include <cmath>
 
 namespace bench {
@@ -13,13 +14,15 @@ constexpr std::size_t group = dense_group;
 constexpr std::size_t channels = dense_head_dim;
 constexpr std::size_t block = dense_block;
 constexpr std::size_t lanes = 16;
-constexpr std::size_t block_bytes = block * channels * sizeof(std::uint16_t);
+/// Keys and values take turns in pieces: shorter ones cost a tenth of the speed, scores of longer ones leave the cache.
+constexpr std::size_t piece = 4096;
 
 __m512 load_half(const std::uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-/// Each of a block's 256 steps brings one line of the block that comes next: values during keys, keys during values.
+/// A block, 256 lines of the cache, is on its way while the one before is computed with. (A shorter distance is
+/// slower.)
 void prefetch(const std::uint16_t* block_ahead, std::size_t step) {
     _mm_prefetch(reinterpret_cast<const char*>(block_ahead) + step * 64, _MM_HINT_T0);
 }
@@ -37,16 +40,9 @@ __m512 exp_of_negative(__m512 x) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-/// The softmax so far: weights are relative to `highest`.
-struct running_softmax {
-    __m512 totals[group];
-    float highest[group];
-};
-
-/// Weights `[4, 64]` of a block's tokens. Returns whether a new maximum came up; `shrink` is what older sums are to be
-/// multiplied by then.
-bool dense_weights(const std::uint16_t* keys, const std::uint16_t* ahead, const float* queries, running_softmax& state,
-                   float* weights, float* shrink) {
+/// Scores `[4, 64]` of a block's tokens; `top` takes the highest of each lane.
+void dense_scores(const std::uint16_t* keys, const std::uint16_t* ahead, const float* queries, float* out,
+                  __m512 (&top)[group]) {
     __m512 scores[group][4];
     for (auto& of_query : scores) {
         for (__m512& score : of_query) {
@@ -70,26 +66,48 @@ bool dense_weights(const std::uint16_t* keys, const std::uint16_t* ahead, const 
             }
         }
     }
-    bool is_new = false;
     for (std::size_t h = 0; h < group; ++h) {
-        const __m512 top =
-            _mm512_max_ps(_mm512_max_ps(scores[h][0], scores[h][1]), _mm512_max_ps(scores[h][2], scores[h][3]));
-        const float highest = _mm512_reduce_max_ps(top);
-        shrink[h] = 1.0F;
-        if (highest > state.highest[h]) {
-            shrink[h] = std::exp(state.highest[h] - highest);
-            state.highest[h] = highest;
-            state.totals[h] = _mm512_mul_ps(state.totals[h], _mm512_set1_ps(shrink[h]));
-            is_new = true;
-        }
         for (std::size_t i = 0; i < 4; ++i) {
-            const __m512 weight = exp_of_negative(_mm512_sub_ps(scores[h][i], _mm512_set1_ps(state.highest[h])));
-            state.totals[h] = _mm512_add_ps(state.totals[h], weight);
-            _mm512_storeu_ps(weights + h * block + i * lanes, weight);
+            top[h] = _mm512_max_ps(top[h], scores[h][i]);
+            _mm512_storeu_ps(out + h * block + i * lanes, scores[h][i]);
         }
     }
-    return is_new;
 }
+
+/// The softmax over the pieces so far: weights are relative to `highest`.
+struct running_softmax {
+    __m512 totals[group];
+    float highest[group];
+
+    /// Takes a piece's highest scores in; what was summed before is scaled to them.
+    void raise(const __m512 (&top)[group], float* out) {
+        for (std::size_t h = 0; h < group; ++h) {
+            if (const float found = _mm512_reduce_max_ps(top[h]); found > highest[h]) {
+                const __m512 shrink = _mm512_set1_ps(std::exp(highest[h] - found));
+                highest[h] = found;
+                totals[h] = _mm512_mul_ps(totals[h], shrink);
+                scale(out + h * channels, shrink);
+            }
+        }
+    }
+    /// A block's scores become weights.
+    void weigh(float* scores) {
+        for (std::size_t h = 0; h < group; ++h) {
+            for (std::size_t i = 0; i < block; i += lanes, scores += lanes) {
+                const __m512 weight =
+                    exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(highest[h])));
+                totals[h] = _mm512_add_ps(totals[h], weight);
+                _mm512_storeu_ps(scores, weight);
+            }
+        }
+    }
+
+    static void scale(float* out, __m512 factor) {
+        for (std::size_t c = 0; c < channels; c += lanes) {
+            _mm512_storeu_ps(out + c, _mm512_mul_ps(_mm512_loadu_ps(out + c), factor));
+        }
+    }
+};
 
 /// Half of the channels at a time: 16 sums stay in registers over a block.
 void dense_values(const std::uint16_t* values, const std::uint16_t* ahead, const float* weights, float* out) {
@@ -127,14 +145,6 @@ void dense_values(const std::uint16_t* values, const std::uint16_t* ahead, const
     }
 }
 
-void scale(float* out, const float* factors) {
-    for (std::size_t h = 0; h < group; ++h) {
-        for (std::size_t c = 0; c < channels; ++c) {
-            out[h * channels + c] *= factors[h];
-        }
-    }
-}
-
 }  // namespace
 
 bool has_dense_attention() noexcept {
@@ -143,29 +153,39 @@ bool has_dense_attention() noexcept {
 
 void dense_attention(const std::uint16_t* keys, const std::uint16_t* values, std::size_t tokens, const float* queries,
                      float* out) {
-    static_assert(block_bytes == 256 * 64);
-    running_softmax state;
+    running_softmax softmax;
     for (std::size_t h = 0; h < group; ++h) {
-        state.totals[h] = _mm512_setzero_ps();
-        state.highest[h] = -INFINITY;
+        softmax.totals[h] = _mm512_setzero_ps();
+        softmax.highest[h] = -INFINITY;
     }
     for (std::size_t i = 0; i < group * channels; ++i) {
         out[i] = 0.0F;
     }
-    float factors[group];
-    alignas(64) float weights[group * block];
-    for (std::size_t t = 0; t < tokens; t += block) {
-        const std::uint16_t* const block_keys = keys + t * channels;
-        const std::uint16_t* const block_values = values + t * channels;
-        if (dense_weights(block_keys, block_values, queries, state, weights, factors)) {
-            scale(out, factors);
+    float scores[group * piece];
+    for (std::size_t first = 0; first < tokens; first += piece) {
+        const std::size_t count = std::min(piece, tokens - first);
+        const std::uint16_t* const piece_keys = keys + first * channels;
+        const std::uint16_t* const piece_values = values + first * channels;
+        __m512 top[group];
+        for (__m512& highest : top) {
+            highest = _mm512_set1_ps(-INFINITY);
         }
-        dense_values(block_values, block_keys + block * channels, weights, out);
+        for (std::size_t t = 0; t < count; t += block) {
+            const std::uint16_t* const next = piece_keys + (t + block) * channels;
+            dense_scores(piece_keys + t * channels, t + block < count ? next : piece_values, queries,
+                         scores + t * group, top);
+        }
+        softmax.raise(top, out);
+        for (std::size_t t = 0; t < count; t += block) {
+            const std::uint16_t* const next = piece_values + (t + block) * channels;
+            softmax.weigh(scores + t * group);
+            dense_values(piece_values + t * channels, t + block < count ? next : piece_keys + count * channels,
+                         scores + t * group, out);
+        }
     }
     for (std::size_t h = 0; h < group; ++h) {
-        factors[h] = 1.0F / _mm512_reduce_add_ps(state.totals[h]);
+        running_softmax::scale(out + h * channels, _mm512_set1_ps(1.0F / _mm512_reduce_add_ps(softmax.totals[h])));
     }
-    scale(out, factors);
 }
 
 }  // namespace bench

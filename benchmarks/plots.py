@@ -153,9 +153,9 @@ def attention(path: Path, rows: list[dict]) -> None:
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     ours = [name for name in series if not name.startswith(("dense", "ggml")) and "turboquant" not in name]
     for name, points in sorted(series.items(), key=lambda item: -max(item[1])[1]):
-        tokens, times = zip(*sorted(points), strict=True)
+        contexts, times = zip(*sorted(points), strict=True)
         style = "-" if name in ours else "--"
-        axes.plot(tokens, times, style, marker="o", ms=4, lw=2 if name in ours else 1.2, label=name)
+        axes.plot(contexts, times, style, marker="o", ms=4, lw=2 if name in ours else 1.2, label=name)
     axes.set(
         xscale="log",
         yscale="log",
@@ -166,6 +166,6 @@ def attention(path: Path, rows: list[dict]) -> None:
     ticks = sorted({tokens for points in series.values() for tokens, _ in points})
     axes.set_xticks(ticks, [f"{tokens // 1024}k" for tokens in ticks], minor=False)
     axes.minorticks_off()
-    axes.legend(fontsize=8, frameon=False)
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)

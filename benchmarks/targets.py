@@ -84,14 +84,14 @@ def target_rows(rows: list[dict]) -> list[tuple[str, str, str, str, str]]:
         what = f"decode 8 x 2048 x 32, {depths} of the depths: beside all"
         add(what, part / whole if part and whole else None, "x", wanted)
     kmeans, ema = PAPER.label(KMEANS_ROWS, False), PAPER.label(EMA_ROWS)
-    for what, name, shape, rival, wanted in (
+    for what, name, sizes, rival, wanted in (
         ("train_kmeans 2048: beside faiss", "train_kmeans", kmeans, "faiss", 5),
         ("train_kmeans 2048: beside PyTorch", "train_kmeans", kmeans, "PyTorch, the paper's operations", 10),
         ("train_ema: beside PyTorch", "train_ema", ema, "PyTorch, the paper's operations", 10),
         ("train_kmeans 2048: two threads beside one", "train_kmeans", kmeans, "rvqkv, one thread", 1.8),
         ("train_ema: two threads beside one", "train_ema", ema, "rvqkv, one thread", 1.8),
     ):
-        add(what, find(beside(name, shape, rival), "ratio"), "x", wanted)
+        add(what, find(beside(name, sizes, rival), "ratio"), "x", wanted)
     for tokens in CONTEXTS[1:]:
         reached = find(own("attention_dense", f"tokens:{tokens}"), "fraction_of_peak")
         add(f"attention_dense, {tokens:,} tokens: of memory_read", reached, "%", 0.9)
