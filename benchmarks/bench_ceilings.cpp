@@ -2,9 +2,9 @@
 /// @file
 /// What this machine can do at most: multiply-adds that depend on nothing but registers, and reading each cache and the
 /// main memory. Every other figure is held against these, measured in the same run.
-#include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/simd_level.hpp"
+#include "support/attention_data.hpp"
 #include "support/counters.hpp"
 #include "support/data.hpp"
 
@@ -96,11 +96,12 @@ void measure_fma(benchmark::State& state, fma_loop loop) {
 }
 
 void measure_read(benchmark::State& state, read_loop loop, std::size_t bytes) {
-    const rvqkv::aligned_buffer<float> memory(bytes / sizeof(float) / 256 * 256);
+    const bench::arena memory(bytes);  // in huge pages, as what is held against this
+    const std::size_t count = bytes / sizeof(float) / 256 * 256;
     for (auto _ : state) {
-        loop(memory.data(), memory.size());
+        loop(reinterpret_cast<const float*>(memory.data()), count);
     }
-    bench::set_bytes(state, memory.bytes());
+    bench::set_bytes(state, count * sizeof(float));
 }
 
 std::size_t cache_bytes(int name, std::size_t otherwise) {

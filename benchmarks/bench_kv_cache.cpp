@@ -2,12 +2,16 @@
 /// @file
 /// The cache as a decode loop meets it: one layer of Llama-3-8B's shape, 8 KV heads of 128 channels.
 #include "rvqkv/cache/kv_cache.hpp"
+#include "rvqkv/quantize/residual_quantizer.hpp"
 #include "support/counters.hpp"
 #include "support/data.hpp"
 
 #include <benchmark/benchmark.h>
+#include <algorithm>
+#include <cmath>
 #include <cstddef>
 #include <memory>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -15,6 +19,7 @@ namespace {
 
 constexpr std::size_t heads = 8;
 constexpr std::size_t head_dim = 128;
+constexpr rvqkv::codebook_shape fast{3, 128, 8};
 
 std::shared_ptr<const rvqkv::codec> make_codec(const rvqkv::codebook_shape& shape, rvqkv::grouping_kind grouping) {
     rvqkv::codec_spec spec;
@@ -80,6 +85,41 @@ void prefill(benchmark::State& state, const rvqkv::codebook_shape& shape, std::s
     bench::set_tokens(state, tokens);
 }
 
+/// The encoding alone of what `prefill` takes: its vectors scaled and grouped beforehand, codes in planes as in pages.
+void encode(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t tokens) {
+    const rvqkv::residual_quantizer<> quantizer(
+        rvqkv::residual_codebook<>::create(shape, bench::weights(shape).span()).value());
+    const std::size_t groups = head_dim / shape.dim;
+    const std::size_t rows = tokens * heads * groups;
+    const auto numbers = tensor(tokens);
+    rvqkv::aligned_buffer<float> keys(numbers.size());
+    rvqkv::aligned_buffer<float> values(numbers.size());
+    for (std::size_t i = 0; i < numbers.size(); i += head_dim) {
+        const float* const from = numbers.data() + i;
+        const float mean = std::accumulate(from, from + head_dim, 0.0F) / head_dim;
+        float sum = 0.0F;
+        for (std::size_t c = 0; c < head_dim; ++c) {
+            sum += (from[c] - mean) * (from[c] - mean);
+        }
+        const float factor = 1.0F / std::sqrt(sum / (head_dim - 1));
+        for (std::size_t c = 0; c < head_dim; ++c) {
+            values[i + c] = factor * from[c];
+            keys[i + c % groups * shape.dim + c / groups] = factor * from[c];
+        }
+    }
+    rvqkv::aligned_buffer<float> left(numbers.size());
+    std::vector<rvqkv::code_t> codes(rows * shape.depths);
+    for (auto _ : state) {
+        for (const auto* side : {&keys, &values}) {
+            std::copy_n(side->data(), left.size(), left.data());
+            quantizer.encode({left.data(), rows, shape.dim}, codes.data(), {1, rows});
+        }
+        benchmark::DoNotOptimize(codes.data());
+        benchmark::ClobberMemory();
+    }
+    bench::set_tokens(state, tokens);
+}
+
 void reconstruct(benchmark::State& state, const rvqkv::codebook_shape& shape, std::size_t tokens) {
     const rvqkv::kv_cache cache = make_cache(shape, false);
     auto sequence = cache.new_sequence().value();
@@ -96,11 +136,13 @@ void reconstruct(benchmark::State& state, const rvqkv::codebook_shape& shape, st
 }
 
 const bool registered = [] {
-    for (const rvqkv::codebook_shape& shape : {bench::paper, bench::light}) {
+    for (const rvqkv::codebook_shape& shape : {bench::paper, bench::light, fast}) {
         const std::string label = "/depths:" + std::to_string(shape.depths) +
-                                  "/codewords:" + std::to_string(shape.codewords) + "/dim:32/tokens:";
+                                  "/codewords:" + std::to_string(shape.codewords) +
+                                  "/dim:" + std::to_string(shape.dim) + "/tokens:";
         benchmark::RegisterBenchmark(("cache_append" + label + "1").c_str(), append, shape);
         benchmark::RegisterBenchmark(("cache_prefill" + label + "256").c_str(), prefill, shape, std::size_t{256});
+        benchmark::RegisterBenchmark(("cache_encode" + label + "256").c_str(), encode, shape, std::size_t{256});
         benchmark::RegisterBenchmark(("cache_reconstruct" + label + "1024").c_str(), reconstruct, shape,
                                      std::size_t{1024});
     }

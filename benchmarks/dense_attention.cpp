@@ -4,61 +4,27 @@
 #ifdef __AVX512F__
 
 #include <immintrin.h>
+#include <algorithm>
 #include <cmath>
 
 namespace bench {
 namespace {
 
-constexpr int group = static_cast<int>(dense_group);
-constexpr int registers = static_cast<int>(dense_head_dim) / 16;
+constexpr std::size_t group = dense_group;
+constexpr std::size_t channels = dense_head_dim;
+constexpr std::size_t block = dense_block;
+constexpr std::size_t lanes = 16;
+/// Keys and values take turns in pieces: shorter ones cost a tenth of the speed, scores of longer ones leave the cache.
+constexpr std::size_t piece = 4096;
 
 __m512 load_half(const std::uint16_t* from) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
-/// Four tokens against four queries at a time: a row is converted once for all of them.
-void dense_scores(const std::uint16_t* keys, std::size_t tokens, const float* queries, float* scores) {
-    for (std::size_t t = 0; t < tokens; t += 4) {
-        __m512 sums[group][4];
-        for (auto& of_query : sums) {
-            for (__m512& sum : of_query) {
-                sum = _mm512_setzero_ps();
-            }
-        }
-        const auto* const ahead = reinterpret_cast<const char*>(keys + (t + 24) * dense_head_dim);
-        for (int line = 0; line < 16; ++line) {
-            _mm_prefetch(ahead + 64 * line, _MM_HINT_T0);
-        }
-        for (int c = 0; c < registers; ++c) {
-            __m512 key[4];
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; ++i) {
-                key[i] = load_half(keys + (t + static_cast<std::size_t>(i)) * dense_head_dim + c * 16);
-            }
-#pragma GCC unroll 4
-            for (int h = 0; h < group; ++h) {
-                const __m512 query = _mm512_loadu_ps(queries + h * static_cast<int>(dense_head_dim) + c * 16);
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; ++i) {
-                    sums[h][i] = _mm512_fmadd_ps(query, key[i], sums[h][i]);
-                }
-            }
-        }
-#pragma GCC unroll 4
-        for (int h = 0; h < group; ++h) {
-            // The sums of the lanes of four registers, side by side.
-            const __m512 low =
-                _mm512_add_ps(_mm512_unpacklo_ps(sums[h][0], sums[h][1]), _mm512_unpackhi_ps(sums[h][0], sums[h][1]));
-            const __m512 high =
-                _mm512_add_ps(_mm512_unpacklo_ps(sums[h][2], sums[h][3]), _mm512_unpackhi_ps(sums[h][2], sums[h][3]));
-            const __m512 quarters =
-                _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(low), _mm512_castps_pd(high))),
-                              _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(low), _mm512_castps_pd(high))));
-            const __m256 halves = _mm256_add_ps(_mm512_castps512_ps256(quarters), _mm512_extractf32x8_ps(quarters, 1));
-            _mm_storeu_ps(scores + static_cast<std::size_t>(h) * tokens + t,
-                          _mm_add_ps(_mm256_castps256_ps128(halves), _mm256_extractf128_ps(halves, 1)));
-        }
-    }
+/// A block, 256 lines of the cache, is on its way while the one before is computed with. (A shorter distance is
+/// slower.)
+void prefetch(const std::uint16_t* block_ahead, std::size_t step) {
+    _mm_prefetch(reinterpret_cast<const char*>(block_ahead) + step * 64, _MM_HINT_T0);
 }
 
 /// exp of numbers up to 0, to some 2e-7 of the value.
@@ -74,62 +40,106 @@ __m512 exp_of_negative(__m512 x) {
     return _mm512_scalef_ps(sum, whole);
 }
 
-void dense_softmax(float* scores, std::size_t tokens) {
-    for (int h = 0; h < group; ++h, scores += tokens) {
-        __m512 top = _mm512_set1_ps(-INFINITY);
-        for (std::size_t t = 0; t < tokens; t += 16) {
-            top = _mm512_max_ps(top, _mm512_loadu_ps(scores + t));
+/// Scores `[4, 64]` of a block's tokens; `top` takes the highest of each lane.
+void dense_scores(const std::uint16_t* keys, const std::uint16_t* ahead, const float* queries, float* out,
+                  __m512 (&top)[group]) {
+    __m512 scores[group][4];
+    for (auto& of_query : scores) {
+        for (__m512& score : of_query) {
+            score = _mm512_setzero_ps();
         }
-        const __m512 highest = _mm512_set1_ps(_mm512_reduce_max_ps(top));
-        __m512 total = _mm512_setzero_ps();
-        for (std::size_t t = 0; t < tokens; t += 16) {
-            const __m512 weight = exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores + t), highest));
-            total = _mm512_add_ps(total, weight);
-            _mm512_storeu_ps(scores + t, weight);
+    }
+    for (std::size_t c = 0; c < channels; ++c) {
+        prefetch(ahead, 2 * c);
+        prefetch(ahead, 2 * c + 1);
+        __m512 key[4];
+#pragma GCC unroll 4
+        for (std::size_t i = 0; i < 4; ++i) {
+            key[i] = load_half(keys + c * block + i * lanes);
         }
-        const __m512 share = _mm512_set1_ps(1.0F / _mm512_reduce_add_ps(total));
-        for (std::size_t t = 0; t < tokens; t += 16) {
-            _mm512_storeu_ps(scores + t, _mm512_mul_ps(share, _mm512_loadu_ps(scores + t)));
+#pragma GCC unroll 4
+        for (std::size_t h = 0; h < group; ++h) {
+            const __m512 query = _mm512_set1_ps(queries[h * channels + c]);
+#pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) {
+                scores[h][i] = _mm512_fmadd_ps(query, key[i], scores[h][i]);
+            }
+        }
+    }
+    for (std::size_t h = 0; h < group; ++h) {
+        for (std::size_t i = 0; i < 4; ++i) {
+            top[h] = _mm512_max_ps(top[h], scores[h][i]);
+            _mm512_storeu_ps(out + h * block + i * lanes, scores[h][i]);
         }
     }
 }
 
-/// Half of the channels at a time: 16 sums stay in registers over 64 tokens.
-void dense_values(const std::uint16_t* values, std::size_t tokens, const float* weights, float* out) {
-    for (std::size_t i = 0; i < dense_group * dense_head_dim; ++i) {
-        out[i] = 0.0F;
+/// The softmax over the pieces so far: weights are relative to `highest`.
+struct running_softmax {
+    __m512 totals[group];
+    float highest[group];
+
+    /// Takes a piece's highest scores in; what was summed before is scaled to them.
+    void raise(const __m512 (&top)[group], float* out) {
+        for (std::size_t h = 0; h < group; ++h) {
+            if (const float found = _mm512_reduce_max_ps(top[h]); found > highest[h]) {
+                const __m512 shrink = _mm512_set1_ps(std::exp(highest[h] - found));
+                highest[h] = found;
+                totals[h] = _mm512_mul_ps(totals[h], shrink);
+                scale(out + h * channels, shrink);
+            }
+        }
     }
-    for (std::size_t block = 0; block < tokens; block += 64) {
-        for (int half = 0; half < 2; ++half) {
-            float* const to = out + half * 64;
-            __m512 sums[group][4];
-            for (int h = 0; h < group; ++h) {
-                for (int c = 0; c < 4; ++c) {
-                    sums[h][c] = _mm512_loadu_ps(to + h * static_cast<int>(dense_head_dim) + c * 16);
+    /// A block's scores become weights.
+    void weigh(float* scores) {
+        for (std::size_t h = 0; h < group; ++h) {
+            for (std::size_t i = 0; i < block; i += lanes, scores += lanes) {
+                const __m512 weight =
+                    exp_of_negative(_mm512_sub_ps(_mm512_loadu_ps(scores), _mm512_set1_ps(highest[h])));
+                totals[h] = _mm512_add_ps(totals[h], weight);
+                _mm512_storeu_ps(scores, weight);
+            }
+        }
+    }
+
+    static void scale(float* out, __m512 factor) {
+        for (std::size_t c = 0; c < channels; c += lanes) {
+            _mm512_storeu_ps(out + c, _mm512_mul_ps(_mm512_loadu_ps(out + c), factor));
+        }
+    }
+};
+
+/// Half of the channels at a time: 16 sums stay in registers over a block.
+void dense_values(const std::uint16_t* values, const std::uint16_t* ahead, const float* weights, float* out) {
+    for (std::size_t half = 0; half < 2; ++half) {
+        float* const to = out + half * channels / 2;
+        __m512 sums[group][4];
+        for (std::size_t h = 0; h < group; ++h) {
+            for (std::size_t i = 0; i < 4; ++i) {
+                sums[h][i] = _mm512_loadu_ps(to + h * channels + i * lanes);
+            }
+        }
+        for (std::size_t t = 0; t < block; ++t) {
+            prefetch(ahead, 2 * (half * block + t));
+            prefetch(ahead, 2 * (half * block + t) + 1);
+            const std::uint16_t* const row = values + t * channels + half * channels / 2;
+            __m512 value[4];
+#pragma GCC unroll 4
+            for (std::size_t i = 0; i < 4; ++i) {
+                value[i] = load_half(row + i * lanes);
+            }
+#pragma GCC unroll 4
+            for (std::size_t h = 0; h < group; ++h) {
+                const __m512 weight = _mm512_set1_ps(weights[h * block + t]);
+#pragma GCC unroll 4
+                for (std::size_t i = 0; i < 4; ++i) {
+                    sums[h][i] = _mm512_fmadd_ps(weight, value[i], sums[h][i]);
                 }
             }
-            for (std::size_t t = block; t < block + 64; ++t) {
-                const std::uint16_t* const row = values + t * dense_head_dim + half * 64;
-                _mm_prefetch(reinterpret_cast<const char*>(row + 48 * dense_head_dim), _MM_HINT_T0);
-                _mm_prefetch(reinterpret_cast<const char*>(row + 48 * dense_head_dim + 32), _MM_HINT_T0);
-                __m512 value[4];
-#pragma GCC unroll 4
-                for (int c = 0; c < 4; ++c) {
-                    value[c] = load_half(row + c * 16);
-                }
-#pragma GCC unroll 4
-                for (int h = 0; h < group; ++h) {
-                    const __m512 weight = _mm512_set1_ps(weights[static_cast<std::size_t>(h) * tokens + t]);
-#pragma GCC unroll 4
-                    for (int c = 0; c < 4; ++c) {
-                        sums[h][c] = _mm512_fmadd_ps(weight, value[c], sums[h][c]);
-                    }
-                }
-            }
-            for (int h = 0; h < group; ++h) {
-                for (int c = 0; c < 4; ++c) {
-                    _mm512_storeu_ps(to + h * static_cast<int>(dense_head_dim) + c * 16, sums[h][c]);
-                }
+        }
+        for (std::size_t h = 0; h < group; ++h) {
+            for (std::size_t i = 0; i < 4; ++i) {
+                _mm512_storeu_ps(to + h * channels + i * lanes, sums[h][i]);
             }
         }
     }
@@ -142,10 +152,40 @@ bool has_dense_attention() noexcept {
 }
 
 void dense_attention(const std::uint16_t* keys, const std::uint16_t* values, std::size_t tokens, const float* queries,
-                     float* scores, float* out) {
-    dense_scores(keys, tokens, queries, scores);
-    dense_softmax(scores, tokens);
-    dense_values(values, tokens, scores, out);
+                     float* out) {
+    running_softmax softmax;
+    for (std::size_t h = 0; h < group; ++h) {
+        softmax.totals[h] = _mm512_setzero_ps();
+        softmax.highest[h] = -INFINITY;
+    }
+    for (std::size_t i = 0; i < group * channels; ++i) {
+        out[i] = 0.0F;
+    }
+    float scores[group * piece];
+    for (std::size_t first = 0; first < tokens; first += piece) {
+        const std::size_t count = std::min(piece, tokens - first);
+        const std::uint16_t* const piece_keys = keys + first * channels;
+        const std::uint16_t* const piece_values = values + first * channels;
+        __m512 top[group];
+        for (__m512& highest : top) {
+            highest = _mm512_set1_ps(-INFINITY);
+        }
+        for (std::size_t t = 0; t < count; t += block) {
+            const std::uint16_t* const next = piece_keys + (t + block) * channels;
+            dense_scores(piece_keys + t * channels, t + block < count ? next : piece_values, queries,
+                         scores + t * group, top);
+        }
+        softmax.raise(top, out);
+        for (std::size_t t = 0; t < count; t += block) {
+            const std::uint16_t* const next = piece_values + (t + block) * channels;
+            softmax.weigh(scores + t * group);
+            dense_values(piece_values + t * channels, t + block < count ? next : piece_keys + count * channels,
+                         scores + t * group, out);
+        }
+    }
+    for (std::size_t h = 0; h < group; ++h) {
+        running_softmax::scale(out + h * channels, _mm512_set1_ps(1.0F / _mm512_reduce_add_ps(softmax.totals[h])));
+    }
 }
 
 }  // namespace bench
@@ -158,7 +198,7 @@ bool has_dense_attention() noexcept {
     return false;
 }
 
-void dense_attention(const std::uint16_t*, const std::uint16_t*, std::size_t, const float*, float*, float*) {}
+void dense_attention(const std::uint16_t*, const std::uint16_t*, std::size_t, const float*, float*) {}
 
 }  // namespace bench
 

@@ -13,6 +13,10 @@ import time
 from pathlib import Path
 
 UNITS = {"flops": "flop/s", "vectors": "vectors/s", "bytes": "B/s", "tokens": "tokens/s"}
+# Attention has its own stage: what it reads takes a while to make, so that rounds are repetitions in one program.
+ATTENTION = "^(attention.*threads:1|sequence_|append_one|cache_(prefill|encode)|memory_read/from:dram)"
+ATTENTION_TWO = "^attention.*threads:2"
+NOT_IN_ROUNDS = "-(threads:2|^attention|^sequence_|^append_one|^cache_(prefill|encode))"
 OWN_ROWS = "^(fma_peak|memory_read|decode|search_exact|search_f32/level|encode_[a-z]*/level)"
 
 
@@ -79,6 +83,8 @@ def collect(results: Results, found: dict, *, wall_clock: bool = False) -> None:
     for entry in found["benchmarks"]:
         parts = [part for part in entry["run_name"].split("/") if part != "real_time"]
         options = dict(part.split(":", 1) for part in parts[1:])
+        if entry.get("run_type") == "aggregate":
+            continue
         if entry.get("error_occurred"):
             results.fail(f"{entry['run_name']}: {entry['error_message']}")
             continue
@@ -88,17 +94,21 @@ def collect(results: Results, found: dict, *, wall_clock: bool = False) -> None:
         if wall_clock and threads == 1:
             value *= entry["cpu_time"] / entry["real_time"]
         rival = options.get("rival")
-        results.add(
-            value,
-            name=parts[0],
-            shape="/".join(part for part in parts[1:] if part.split(":")[0] not in ("level", "threads", "rival")),
-            level="" if rival else options.get("level", context["rvqkv_simd"]),
-            threads=threads,
-            unit=UNITS[counter],
-            rival=rival,
-            compiler=context["compiler"].split()[0],
-            pinned=not wall_clock,
-        )
+        row = {
+            "name": parts[0],
+            "shape": "/".join(part for part in parts[1:] if part.split(":")[0] not in ("level", "threads", "rival")),
+            "level": "" if rival else options.get("level", context["rvqkv_simd"]),
+            "threads": threads,
+            "unit": UNITS[counter],
+            "rival": rival,
+            "compiler": context["compiler"].split()[0],
+            "pinned": not wall_clock,
+        }
+        results.add(value, **row)
+        if "held" in entry:  # what the sequence takes, beside what it should
+            row |= {"name": row["name"].replace("attend", "bytes"), "unit": "B"}
+            results.add(entry["held"], **row)
+            results.add(entry["formula"], **row | {"rival": "formula", "level": ""})
 
 
 class Peers:
@@ -163,13 +173,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=11)
     parser.add_argument("--seconds", type=float, default=0.05, help="for each benchmark and round")
     parser.add_argument("--without-torch", action="store_true", help="leave the PyTorch rivals out")
+    parser.add_argument("--missing", action="append", default=[], help="a rival that is not there, for the report")
     arguments = parser.parse_args()
     begun = time.monotonic()
     results = Results()
-    programs = [("GCC", arguments.gcc, "-(threads:2|^attention_)")] + (
+    programs = [("GCC", arguments.gcc, NOT_IN_ROUNDS)] + (
         [("Clang", arguments.clang, OWN_ROWS)] if arguments.clang else []
     )
-    progress = Progress(arguments.rounds * (len(programs) + 2) + 4)
+    progress = Progress(arguments.rounds * (len(programs) + 2) + 6)
     options = [f"--benchmark_min_time={arguments.seconds}", "--benchmark_enable_random_interleaving=true"]
     peers = None
     try:
@@ -193,6 +204,16 @@ def main() -> int:
             if (os.cpu_count() or 1) > 1:
                 found = run_program(arguments.gcc, arguments.data, [*options, "--benchmark_filter=^train_"], None)
                 collect(results, found, wall_clock=True)
+        repeated = [*options, f"--benchmark_repetitions={arguments.rounds}"]
+        progress.next("attention")
+        found = run_program(
+            arguments.gcc, arguments.data, [*repeated, f"--benchmark_filter={ATTENTION}"], arguments.core
+        )
+        collect(results, found)
+        progress.next("attention, two threads")
+        if (os.cpu_count() or 1) > 1:
+            found = run_program(arguments.gcc, arguments.data, [*repeated, f"--benchmark_filter={ATTENTION_TWO}"], None)
+            collect(results, found, wall_clock=True)
         progress.next("multiply-add peak, after")
         after = peak(arguments.gcc, arguments.data, arguments.core)
         progress.next("memory of training")
@@ -224,6 +245,7 @@ def main() -> int:
         "versions": peers.described["versions"],
         "errors": peers.described["errors"],
         "without_torch": arguments.without_torch,
+        "missing": arguments.missing + peers.described["missing"],
         "fma_peak_before": before,
         "fma_peak_after": after,
         "seconds": round(time.monotonic() - begun),

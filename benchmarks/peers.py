@@ -6,6 +6,7 @@ it: a line on stdin asks for one round, answered by one line of JSON; before the
 import argparse
 import gc
 import importlib.metadata
+import importlib.util
 import itertools
 import json
 import random
@@ -334,6 +335,67 @@ def vector_quantize_cases(data: Data) -> list[Case]:
     return cases
 
 
+# ---- Attention on compressed keys and values ----
+
+HEADS, QUERY_HEADS, CHANNELS, PORT_TOKENS = 8, 32, 128, 4096
+PORT_ERROR = 0.25
+"""Most error of a port at four bits, relative to attention over what it was given."""
+
+
+def attention_data() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Keys and values `[token, head, channel]`, queries `[query head, channel]`."""
+    random = np.random.default_rng(5)
+    keys, values = random.standard_normal((2, PORT_TOKENS, HEADS, CHANNELS), np.float32)
+    return keys, values, random.standard_normal((QUERY_HEADS, CHANNELS), np.float32)
+
+
+def attend(keys: np.ndarray, values: np.ndarray, queries: np.ndarray) -> np.ndarray:
+    """What every port must give but for its error: `[query head, channel]`."""
+    grouped = queries.reshape(HEADS, QUERY_HEADS // HEADS, CHANNELS)
+    scores = grouped @ keys.transpose(1, 2, 0) / np.sqrt(np.float32(CHANNELS))
+    weights = np.exp(scores - scores.max(2, keepdims=True))
+    weights /= weights.sum(2, keepdims=True)
+    return (weights @ values.transpose(1, 0, 2)).reshape(QUERY_HEADS, CHANNELS)
+
+
+def port_case(rival: str, call: Callable[[], np.ndarray], expected: np.ndarray) -> Case:
+    error = float(np.linalg.norm(call() - expected) / np.linalg.norm(expected))
+    if not error < PORT_ERROR:
+        raise RuntimeError(f"{rival}: differs from attention over the same keys and values by {100 * error:.0f} %")
+    return Case("attention", f"tokens:{PORT_TOKENS}", rival, PORT_TOKENS, "tokens/s", call)
+
+
+def turboquant_pro_cases(_: Data) -> list[Case]:
+    """Attention on its codes in NumPy; it knows no grouped queries, so that it goes over the cache four times."""
+    from turboquant_pro import TurboQuantKVCache
+
+    keys, values, queries = attention_data()
+    cache = TurboQuantKVCache(CHANNELS, HEADS, bits=4, use_gpu=False, seed=1)
+    for key, value in zip(keys, values):
+        cache.append(key, value)
+    grouped = queries.reshape(HEADS, QUERY_HEADS // HEADS, CHANNELS)
+
+    def call() -> np.ndarray:
+        parts = [cache.fused_decode(np.ascontiguousarray(grouped[:, i])) for i in range(QUERY_HEADS // HEADS)]
+        return np.stack(parts, 1).reshape(QUERY_HEADS, CHANNELS)
+
+    return [port_case("turboquant-pro, 4 bits", call, attend(keys, values, queries))]
+
+
+def pyturboquant_cases(_: Data) -> list[Case]:
+    """It only compresses and restores, so all keys and values are restored first."""
+    from pyturboquant_cpu import dequantize_mse, quantize_mse
+
+    keys, values, queries = attention_data()
+    coded_keys, coded_values = (quantize_mse(x, 4, seed=1) for x in (keys, values))
+
+    def call() -> np.ndarray:
+        restored = (dequantize_mse(x).astype(np.float32) for x in (coded_keys, coded_values))
+        return attend(*restored, queries)
+
+    return [port_case("pyturboquant-cpu, 4 bits, restored first", call, attend(keys, values, queries))]
+
+
 def measure(case: Case, seconds: float) -> float:
     """Amount of work a second of processor time, as Google Benchmark counts it, so that other programs on the machine
     cost neither side anything: one call to warm up, then as many as fit."""
@@ -361,9 +423,17 @@ def main() -> None:
     failures: list[str] = []
     packages = ["numpy", "faiss-cpu", "scipy"]
     makers = [faiss_cases, scipy_cases]
+    ports = {"turboquant-pro": turboquant_pro_cases, "pyturboquant-cpu": pyturboquant_cases}
     if not arguments.without_torch:
         packages += ["torch", "vector-quantize-pytorch"]
         makers += [torch_cases, vector_quantize_cases]
+    missing = []
+    for package, make in ports.items():
+        if importlib.util.find_spec(package.replace("-", "_")) is None:
+            missing.append(package)
+        else:
+            packages.append(package)
+            makers.append(make)
     for make in makers:
         try:
             cases += make(data)
@@ -379,7 +449,13 @@ def main() -> None:
     described = {
         case.key: {"name": case.name, "shape": case.shape, "rival": case.rival, "unit": case.unit} for case in cases
     }
-    first = {"cases": described, "failures": failures, "versions": versions, "errors": errors(data)}
+    first = {
+        "cases": described,
+        "failures": failures,
+        "missing": missing,
+        "versions": versions,
+        "errors": errors(data),
+    }
     print(json.dumps(first), flush=True)
     rounds, long_calls = 0, set()
     for _ in sys.stdin:

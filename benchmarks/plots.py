@@ -137,3 +137,35 @@ def rivals(path: Path, rows: list[dict]) -> None:
     figure.suptitle("How many times faster than each rival: same vectors, same codebooks, one core", fontsize=10)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def attention(path: Path, rows: list[dict]) -> None:
+    """Time of one decode step's attention against the context, one thread."""
+    series: dict[str, list[tuple[int, float]]] = {}
+    for row in rows:
+        is_ours = row["name"].startswith("attention_") and row["rival"] is None
+        if row["threads"] == 1 and (is_ours or row["name"] == "attention"):
+            tokens = sizes_of(row["shape"])["tokens"]
+            name = row["rival"] or row["name"].removeprefix("attention_").replace("dense", "dense, float16")
+            series.setdefault(name, []).append((tokens, 1e3 * tokens / row["value"]))
+    if not series:
+        return
+    figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
+    ours = [name for name in series if not name.startswith(("dense", "ggml")) and "turboquant" not in name]
+    for name, points in sorted(series.items(), key=lambda item: -max(item[1])[1]):
+        contexts, times = zip(*sorted(points), strict=True)
+        style = "-" if name in ours else "--"
+        axes.plot(contexts, times, style, marker="o", ms=4, lw=2 if name in ours else 1.2, label=name)
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlabel="tokens of context",
+        ylabel="milliseconds",
+        title="One decode step's attention in one layer: 8 KV heads of 128 channels, 32 query heads, one core",
+    )
+    ticks = sorted({tokens for points in series.values() for tokens, _ in points})
+    axes.set_xticks(ticks, [f"{tokens // 1024}k" for tokens in ticks], minor=False)
+    axes.minorticks_off()
+    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
+    figure.savefig(path, metadata={"Date": None})
+    plt.close(figure)

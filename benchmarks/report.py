@@ -10,10 +10,11 @@ import sys
 from pathlib import Path
 
 import plots
-from shapes import sizes_of
+from shapes import DENSE_BYTES, LONG_APPEND, SHORT_APPEND, sizes_of
 from targets import target_rows
 
 CEILINGS = ("fma_peak", "memory_read")
+DENSE = "dense, float16"  # the rival that attention_dense is
 LEVELS = ("generic", "neon", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi")
 FLOAT32_OF = {"avxvnni": "avx2", "avx512vnni": "avx512", "avx512vbmi": "avx512"}  # what integer levels are compared with
 
@@ -65,6 +66,10 @@ class Ceilings:
         shape = sizes_of(row["shape"])
         if row["name"] == "decode":
             return self.decode(row, shape)
+        if row["name"] == "attention_dense":
+            # Once its keys and values are well beyond the caches.
+            fits = row["threads"] > 1 or shape["tokens"] * DENSE_BYTES < 64 << 20 or "dram" not in self.read
+            return None if fits else self.read["dram"] / DENSE_BYTES
         flops = self.fma(row["level"])
         if flops is None or row["name"] in CEILINGS:
             return None
@@ -96,6 +101,36 @@ def own_row(rows: list[dict], name: str, shape: str) -> dict | None:
     return max(found, key=lambda row: level_order(row["level"]), default=None)
 
 
+def attention_rows(rows: list[dict]) -> list[dict]:
+    """Each of our rows beside dense attention of the same tokens and threads; the fast preset beside all that computes
+    attention."""
+    beside = []
+    ours = [row for row in rows if row["name"].startswith(("attention_", "sequence_attend_")) and not row["rival"]]
+    for row in ours:
+        rivals = [] if row["name"] == "attention_dense" else pick(rows, name="attention_dense", rival=None)
+        if row["name"] in ("attention_fast", "sequence_attend_fast"):
+            rivals = rivals + pick(rows, name="attention")
+        for rival in rivals:
+            if (rival["shape"], rival["threads"]) == (row["shape"], row["threads"]):
+                what = {"name": row["name"], "rival": rival["rival"] or DENSE, "ratio": row["value"] / rival["value"]}
+                beside.append(rival | what)
+    return beside
+
+
+def cache_rows(rows: list[dict]) -> list[dict]:
+    """A prompt beside its encoding alone; one more token after a long context beside a short one."""
+    beside = []
+    for row in pick(rows, name="cache_prefill", rival=None):
+        for alone in pick(rows, name="cache_encode", shape=row["shape"]):
+            what = {"name": "cache_prefill", "rival": "rvqkv, encoding alone", "ratio": row["value"] / alone["value"]}
+            beside.append(alone | what)
+    for row in pick(rows, name="append_one", shape=LONG_APPEND):
+        for short in pick(rows, name="append_one", shape=SHORT_APPEND):
+            what = {"shape": LONG_APPEND, "rival": f"rvqkv, {SHORT_APPEND}", "ratio": row["value"] / short["value"]}
+            beside.append(short | what)
+    return beside
+
+
 def make_rows(raw: dict) -> tuple[list[dict], Ceilings]:
     rows = [make_row(series) for series in raw["series"] if series["pinned"] or series["name"] == "train_memory"]
     unpinned = [make_row(series) for series in raw["series"] if not series["pinned"]]
@@ -111,6 +146,7 @@ def make_rows(raw: dict) -> tuple[list[dict], Ceilings]:
         if exact is not None and plain is not None:
             names = {"name": "search_exact", "shape": shape, "rival": "rvqkv, float32"}
             rows.append(plain | names | {"ratio": exact["value"] / plain["value"]})
+    rows += attention_rows(rows) + cache_rows(rows)
     ceilings = Ceilings(rows)
     for row in rows:
         if row["rival"] is None:
@@ -169,10 +205,13 @@ def write_markdown(path: Path, rows: list[dict], raw: dict) -> None:
         lines += ["**PyTorch was left out** (`--without-torch`): no rows of it and of vector-quantize-pytorch.", ""]
     for failure in raw["failures"]:
         lines += [f"**Failed:** {failure}", ""]
+    if context["missing"]:
+        lines += [f"**Rivals that are not here:** {'; '.join(context['missing'])}.", ""]
     if context["errors"]:
         errors = ", ".join(f"{who} {100 * error:.2f} %" for who, error in context["errors"].items())
         lines += [f"Error energy of the encoders, at 88 bits a vector, of vectors not trained on: {errors}.", ""]
     lines += ["![Roofline](roofline.svg)", "", "![Beside rivals](rivals.svg)", ""]
+    lines += ["![Attention](attention.svg)", ""]
     names = dict.fromkeys(row["name"] for row in rows)
     for name in names:
         lines += [
@@ -183,6 +222,8 @@ def write_markdown(path: Path, rows: list[dict], raw: dict) -> None:
         ]
         for row in pick(rows, name=name):
             who = row["rival"] or f"{'machine' if name in CEILINGS else '**rvqkv**'} {row['level']} {row['compiler']}"
+            if name == "attention_dense":
+                who = DENSE
             ratio = f"{row['ratio']:.2f}x" if row["ratio"] else ""
             lines.append(
                 f"| {row['shape'].replace('/', ' ')} | {who} | {row['threads']} | {shown(row['value'], row['unit'])}"
@@ -207,6 +248,7 @@ def main() -> int:
     write_markdown(arguments.out / "report.md", rows, raw)
     plots.roofline(arguments.out / "roofline.svg", rows, ceilings.flops, ceilings.read)
     plots.rivals(arguments.out / "rivals.svg", rows)
+    plots.attention(arguments.out / "attention.svg", rows)
     for failure in raw["failures"]:
         print(f"report.py: failed to run: {failure}", file=sys.stderr)
     return 1 if raw["failures"] else 0

@@ -25,6 +25,10 @@ SMALL = (Shape(3, 256, 8), Shape(3, 128, 8), Shape(4, 64, 8), Shape(5, 16, 8), S
 
 KMEANS_ROWS, KMEANS_ITERATIONS = 32768, 5
 EMA_ROWS = 4096
+"""What the dense kernel reads for a token: keys and values of 8 heads of 128 channels, 2 bytes each."""
+DENSE_BYTES = 2 * 8 * 128 * 2
+CONTEXTS = (4096, 32768, 131072)
+SHORT_APPEND, LONG_APPEND = "tokens:1024", "tokens:32768"
 """Codebooks taken in turn, so that none stays in the caches near the core."""
 COPIES = 4
 

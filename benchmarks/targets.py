@@ -4,10 +4,20 @@ property of the machine as well."""
 
 from collections.abc import Callable
 
-from shapes import EMA_ROWS, KMEANS_ROWS, PAPER, SMALL
+from shapes import CONTEXTS, EMA_ROWS, KMEANS_ROWS, LIGHT, LONG_APPEND, PAPER, SMALL, Shape
 
 Test = Callable[[dict], bool]
 FORMATS = {"%": (100, "{:.1f} %"), "x": (1, "{:.2f}x"), "GB/s": (1e-9, "{:.0f} GB/s")}
+
+ATTENTION = (
+    ("fast", 2.2, 3),
+    ("fast_mean", 2, None),
+    ("smallest", 3, 4),
+    ("paper", 0.35, None),
+    ("paper_tables", 0.5, 0.8),
+)
+"""Presets: wanted and stretch beside dense attention."""
+SEQUENCES = ("fast", "smallest", "paper")
 
 
 def own(name: str, shape: str, **more: object) -> Test:
@@ -15,9 +25,12 @@ def own(name: str, shape: str, **more: object) -> Test:
     return lambda row: all(row[key] == value for key, value in wanted.items())
 
 
-def beside(name: str, shape: str, rival: str) -> Test:
+def beside(name: str, shape: str, rival: str, threads: int = 1) -> Test:
     """Rows of rivals whose names begin so."""
-    return lambda row: row["name"] == name and row["shape"] == shape and (row["rival"] or "").startswith(rival)
+    wanted = {"name": name, "shape": shape, "threads": threads}
+    return lambda row: (
+        (row["rival"] or "").startswith(rival) and all(row[key] == value for key, value in wanted.items())
+    )
 
 
 def target_rows(rows: list[dict]) -> list[tuple[str, str, str, str, str]]:
@@ -71,12 +84,37 @@ def target_rows(rows: list[dict]) -> list[tuple[str, str, str, str, str]]:
         what = f"decode 8 x 2048 x 32, {depths} of the depths: beside all"
         add(what, part / whole if part and whole else None, "x", wanted)
     kmeans, ema = PAPER.label(KMEANS_ROWS, False), PAPER.label(EMA_ROWS)
-    for what, name, shape, rival, wanted in (
+    for what, name, sizes, rival, wanted in (
         ("train_kmeans 2048: beside faiss", "train_kmeans", kmeans, "faiss", 5),
         ("train_kmeans 2048: beside PyTorch", "train_kmeans", kmeans, "PyTorch, the paper's operations", 10),
         ("train_ema: beside PyTorch", "train_ema", ema, "PyTorch, the paper's operations", 10),
         ("train_kmeans 2048: two threads beside one", "train_kmeans", kmeans, "rvqkv, one thread", 1.8),
         ("train_ema: two threads beside one", "train_ema", ema, "rvqkv, one thread", 1.8),
     ):
-        add(what, find(beside(name, shape, rival), "ratio"), "x", wanted)
+        add(what, find(beside(name, sizes, rival), "ratio"), "x", wanted)
+    for tokens in CONTEXTS[1:]:
+        reached = find(own("attention_dense", f"tokens:{tokens}"), "fraction_of_peak")
+        add(f"attention_dense, {tokens:,} tokens: of memory_read", reached, "%", 0.9)
+    context = f"tokens:{CONTEXTS[1]}"
+    for name, wanted, stretch in ATTENTION:
+        for threads in (1, 2):
+            reached = find(beside(f"attention_{name}", context, "dense", threads), "ratio")
+            what = f"attention_{name}, {CONTEXTS[1]:,} tokens, {threads} thread{'s' * (threads > 1)}: beside dense"
+            add(what, reached, "x", wanted, stretch)
+        if name in SEQUENCES:
+            reached = find(beside(f"sequence_attend_{name}", context, "dense"), "ratio")
+            add(f"sequence_attend_{name}, {CONTEXTS[1]:,} tokens: beside dense", reached, "x", wanted, stretch)
+    for rival, wanted in (("ggml f16", 5), ("ggml q8_0", 8), ("ggml q4_0", 15)):
+        for tokens in CONTEXTS:
+            reached = find(beside("attention_fast", f"tokens:{tokens}", rival), "ratio")
+            add(f"attention_fast, {tokens:,} tokens: beside {rival}", reached, "x", wanted)
+    for shape in (PAPER, LIGHT, Shape(3, 128, 8)):
+        label = "/".join(shape.label(0).split("/")[:-1]) + "/tokens:256"
+        reached = find(beside("cache_prefill", label, "rvqkv, encoding alone"), "ratio")
+        add(f"cache_prefill {' x '.join(map(str, shape))}: of the encoding alone", reached, "%", 0.9)
+    reached = find(beside("append_one", LONG_APPEND, "rvqkv"), "ratio")
+    add("append_one after 32,768 tokens: beside after 1,024", reached, "x", 0.9)
+    for name in SEQUENCES:
+        over = find(beside(f"sequence_bytes_{name}", context, "formula"), "ratio")
+        add(f"sequence_bytes_{name}: formula over bytes held", 1 / over if over else None, "%", 0.99)
     return lines
