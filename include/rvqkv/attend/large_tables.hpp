@@ -21,6 +21,7 @@
 #include <cstring>
 #include <limits>
 #include <memory>
+#include <new>
 #include <utility>
 
 RVQKV_NAMESPACE_BEGIN
@@ -93,7 +94,10 @@ public:
     /// Errors: `out_of_memory`.
     [[nodiscard]] static result<std::unique_ptr<const key_reader>> create(std::shared_ptr<const codec> source,
                                                                           const kernel_table& kernels) {
-        std::unique_ptr<large_key_tables> made(new large_key_tables(std::move(source), kernels));
+        std::unique_ptr<large_key_tables> made(new (std::nothrow) large_key_tables(std::move(source), kernels));
+        if (made == nullptr) {
+            return error{error_code::out_of_memory, "out of memory"};
+        }
         const codec& codec = made->tables_.source();
         auto weights = aligned_buffer<std::byte>::allocate(codec.depths() * made->blocks() * search_block *
                                                            codec.shape().dim * size_of(codec.weight_type()));

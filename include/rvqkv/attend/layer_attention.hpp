@@ -23,11 +23,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
+#include <new>
 #include <span>
 #include <string>
 #include <utility>
-#include <vector>
 
 RVQKV_NAMESPACE_BEGIN
 
@@ -79,8 +78,11 @@ public:
         if (!key_tiles || !value_tiles) {
             return error{error_code::out_of_memory, "out of memory"};
         }
-        parts.key_tiles = std::make_unique<tile_key_reader>(std::move(key_tiles).value());
-        parts.value_tiles = std::make_unique<tile_value_reader>(std::move(value_tiles).value());
+        parts.key_tiles.reset(new (std::nothrow) tile_key_reader(std::move(key_tiles).value()));
+        parts.value_tiles.reset(new (std::nothrow) tile_value_reader(std::move(value_tiles).value()));
+        if (parts.key_tiles == nullptr || parts.value_tiles == nullptr) {
+            return error{error_code::out_of_memory, "out of memory"};
+        }
         if (status wrong = made.make_tables(); !wrong) {
             return wrong.error();
         }
@@ -152,11 +154,14 @@ private:
         if (!turned) {
             return turned.error();
         }
-        std::vector<std::uint16_t> order(parts_.key_dim);
-        for (std::size_t channel = 0; channel < order.size(); ++channel) {
-            order[channel] = static_cast<std::uint16_t>(channel);
+        auto order = aligned_buffer<std::uint16_t>::allocate(parts_.key_dim);
+        if (!order) {
+            return order.error();
         }
-        auto plain = tile_rope::create(turned.value(), order, *parts_.kernels);
+        for (std::size_t channel = 0; channel < parts_.key_dim; ++channel) {
+            order.value()[channel] = static_cast<std::uint16_t>(channel);
+        }
+        auto plain = tile_rope::create(turned.value(), order.value().span(), *parts_.kernels);
         auto coded = tile_rope::create(turned.value(), parts_.key_codec->channel_order(), *parts_.kernels);
         if (!plain || !coded) {
             return error{error_code::out_of_memory, "out of memory"};
@@ -192,7 +197,10 @@ private:
             parts_.chunk_tokens = large_chunk_tokens;
         }
         if (large_value_tables::supports(parts_.value_codec->shape())) {
-            parts_.value_tables = std::make_unique<large_value_tables>(parts_.value_codec, *parts_.kernels);
+            parts_.value_tables.reset(new (std::nothrow) large_value_tables(parts_.value_codec, *parts_.kernels));
+            if (parts_.value_tables == nullptr) {
+                return error{error_code::out_of_memory, "out of memory"};
+            }
             parts_.chunk_tokens = large_chunk_tokens;
         }
         return {};

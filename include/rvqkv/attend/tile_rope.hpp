@@ -16,7 +16,6 @@
 #include <cstdint>
 #include <span>
 #include <utility>
-#include <vector>
 
 RVQKV_NAMESPACE_BEGIN
 
@@ -36,12 +35,20 @@ public:
         made.angles_ = source.pairs();
         auto frequencies = aligned_buffer<double>::allocate(3 * made.angles_);
         auto table = aligned_buffer<float>::allocate(tile_tokens * 2 * made.angles_);
-        if (!frequencies || !table) {
+        auto places = aligned_buffer<std::size_t>::allocate(order.size());
+        auto pairs = aligned_buffer<pair_places>::allocate(made.angles_);
+        auto runs = aligned_buffer<channel_pairs>::allocate(made.angles_);
+        if (!frequencies || !table || !places || !pairs || !runs) {
             return error{error_code::out_of_memory, "out of memory"};
         }
         made.frequencies_ = std::move(frequencies).value();
         made.table_ = std::move(table).value();
-        made.find_places(source, order);
+        made.pairs_ = std::move(pairs).value();
+        made.runs_ = std::move(runs).value();
+        for (std::size_t place = 0; place < order.size(); ++place) {
+            places.value()[order[place]] = place;
+        }
+        made.find_places(source, places.value().data());
         for (std::size_t i = 0; i < made.angles_; ++i) {
             const double frequency = source.frequency(made.pairs_[i].pair);
             made.frequencies_[i] = frequency;
@@ -63,8 +70,7 @@ public:
     [[nodiscard]] std::size_t first_place(std::size_t angle) const noexcept { return pairs_[angle].first; }
     [[nodiscard]] std::size_t second_place(std::size_t angle) const noexcept { return pairs_[angle].second; }
     [[nodiscard]] std::size_t bytes() const noexcept {
-        return frequencies_.bytes() + table_.bytes() + pairs_.size() * sizeof(pair_places) +
-               runs_.size() * sizeof(channel_pairs);
+        return frequencies_.bytes() + table_.bytes() + pairs_.bytes() + runs_.bytes();
     }
 
     /// Cosines, then sines, of a tile's tokens: `[tile_tokens, 2 * angles]`, times the attention factor.
@@ -73,7 +79,7 @@ public:
     /// Turns rows of a tile, from place `first` on, by their places, and multiplies by the attention factor.
     void turn(float* rows, std::size_t count, std::size_t stride, std::size_t first) const noexcept {
         const float* const row = table_.data() + first * 2 * angles_;
-        kernels_->attention.turn(rows, count, stride, runs_.data(), runs_.size(), row, row + angles_, 2 * angles_);
+        kernels_->attention.turn(rows, count, stride, runs_.data(), run_count_, row, row + angles_, 2 * angles_);
     }
 
     /// The angles of one position, and of one after the other more quickly. Lives in memory of the caller.
@@ -122,7 +128,7 @@ public:
         }
         /// Turns rows back by the position, without the attention factor.
         void turn_back(float* rows, std::size_t count, std::size_t stride) const noexcept {
-            turn_back(rows, count, stride, parent_->runs_.data(), parent_->runs_.size());
+            turn_back(rows, count, stride, parent_->runs_.data(), parent_->run_count_);
         }
         /// The same for pairs that stand elsewhere.
         void turn_back(float* rows, std::size_t count, std::size_t stride, const channel_pairs* pairs,
@@ -148,15 +154,12 @@ private:
     };
 
     /// Where the channels of each pair stand, and neighbours put together that loops can take at once.
-    void find_places(const rope& source, std::span<const std::uint16_t> order) {
-        std::vector<std::size_t> places(order.size());
-        for (std::size_t place = 0; place < order.size(); ++place) {
-            places[order[place]] = place;
-        }
+    /// `places` `[head_dim]` are those of the channels.
+    void find_places(const rope& source, const std::size_t* places) noexcept {
         for (std::size_t pair = 0; pair < angles_; ++pair) {
-            pairs_.push_back({places[source.first_channel(pair)], places[source.second_channel(pair)], pair});
+            pairs_[pair] = {places[source.first_channel(pair)], places[source.second_channel(pair)], pair};
         }
-        std::sort(pairs_.begin(), pairs_.end(),
+        std::sort(pairs_.data(), pairs_.data() + angles_,
                   [](const pair_places& a, const pair_places& b) { return a.first < b.first; });
         for (std::size_t i = 0; i < angles_;) {
             channel_pairs run = {pairs_[i].first, pairs_[i].second, 1, 1, i};
@@ -169,15 +172,16 @@ private:
             while (follows(run.step)) {
                 ++run.count;
             }
-            runs_.push_back(run);
+            runs_[run_count_++] = run;
             i += run.count;
         }
     }
 
     std::size_t angles_ = 0;
     const kernel_table* kernels_ = nullptr;
-    std::vector<pair_places> pairs_;      // by angle
-    std::vector<channel_pairs> runs_;     // all pairs
+    std::size_t run_count_ = 0;
+    aligned_buffer<pair_places> pairs_;   // by angle
+    aligned_buffer<channel_pairs> runs_;  // all pairs, in the first `run_count_`
     aligned_buffer<double> frequencies_;  // [3, angles]: radians for each position; cosine and sine of a tile's length
     aligned_buffer<float> table_;
 };

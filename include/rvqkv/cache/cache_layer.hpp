@@ -81,16 +81,17 @@ public:
     }
 
     /// Readies attention over the tokens of the layer that owns them, `owner`. Errors: `out_of_memory`.
-    [[nodiscard]] status make_attention(const cache_layer& owner) {
-        kv_layer_config read = owner.config_;
+    [[nodiscard]] status make_attention(cache_layer& owner) {
+        kv_layer_config& read = owner.config_;
         if (read.is_empty() || read.keys.heads != read.values.heads) {
             return {};
         }
-        if (&owner != this) {
-            read.query_heads = config_.query_heads;
-            read.sliding_window = config_.sliding_window;
-        }
+        // The owner's but for two numbers, which are lent: a copy of all would throw where memory runs out.
+        const std::size_t query_heads = std::exchange(read.query_heads, config_.query_heads);
+        const std::size_t window = std::exchange(read.sliding_window, config_.sliding_window);
         auto made = layer_attention::create(read);
+        read.query_heads = query_heads;
+        read.sliding_window = window;
         if (!made) {
             return made.error();
         }
