@@ -480,3 +480,34 @@ TEST_CASE("layer_attention: large codebooks, through tables and without", "[atte
         check_attention(pages, 1, position + 50);
     }
 }
+
+TEST_CASE("layer_attention: whichever allocation fails, create says so and leaves nothing behind", "[attend][unit]") {
+    test::random_source random(21);
+    for (const std::size_t codewords : {std::size_t{16}, std::size_t{300}}) {
+        for (const key_coding coding : all_codings) {
+            rvqkv::kv_layer_config config;
+            config.keys = {test::random_codec(random, spec_of(32, {2, codewords, 8})), 2};
+            config.values = config.keys;
+            config.coding = coding;
+            config.key_mean.assign(64, 0.5F);
+            std::size_t nth = 0;
+            for (bool failed = true; failed; ++nth) {
+                CAPTURE(codewords, static_cast<int>(coding), nth);
+                const test::allocation_counter counter;
+                bool made = false;
+                bool is_right = false;
+                {
+                    const test::failing_allocations failing(nth);
+                    const auto attention = rvqkv::layer_attention::create(config);
+                    made = attention.ok();
+                    is_right = made || attention.error().code == rvqkv::error_code::out_of_memory;
+                    failed = failing.triggered();
+                }
+                REQUIRE(is_right);
+                REQUIRE(made == !failed);
+                REQUIRE(counter.live_bytes() == 0);
+            }
+            CHECK(nth > 3);
+        }
+    }
+}
