@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: MIT
 """The plots of the report: a roofline, and bars of how much faster we are than each rival."""
 
+from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -152,20 +153,20 @@ def attention(path: Path, rows: list[dict]) -> None:
         return
     figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
     ours = [name for name in series if not name.startswith(("dense", "ggml")) and "turboquant" not in name]
+    colors = {True: cycle(plt.colormaps["tab10"].colors), False: cycle(plt.colormaps["Dark2"].colors)}
     for name, points in sorted(series.items(), key=lambda item: -max(item[1])[1]):
         contexts, times = zip(*sorted(points), strict=True)
-        style = "-" if name in ours else "--"
-        axes.plot(contexts, times, style, marker="o", ms=4, lw=2 if name in ours else 1.2, label=name)
-    axes.set(
-        xscale="log",
-        yscale="log",
-        xlabel="tokens of context",
-        ylabel="milliseconds",
-        title="One decode step's attention in one layer: 8 KV heads of 128 channels, 32 query heads, one core",
+        color = next(colors[name in ours])
+        style, width = ("-", 2.0) if name in ours else ("--", 1.2)
+        axes.plot(contexts, times, style, marker="o", ms=4, lw=width, color=color, label=name)
+    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel="milliseconds")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    figure.suptitle(
+        "One decode step's attention in one layer, one core: 8 KV heads of 128 channels, 32 query heads", fontsize=10
     )
     ticks = sorted({tokens for points in series.values() for tokens, _ in points})
     axes.set_xticks(ticks, [f"{tokens // 1024}k" for tokens in ticks], minor=False)
     axes.minorticks_off()
-    figure.legend(fontsize=8, frameon=False, loc="outside right upper")
+    figure.legend(fontsize=8, frameon=False, loc="outside right center")
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
