@@ -462,6 +462,8 @@ private:
             options.scale = c_options.scale = 0.3F;
             options.soft_cap = c_options.soft_cap = 2.0F;
             options.causal = c_options.causal = false;
+            options.reading = rvqkv::code_reading::reconstructed;
+            c_options.reading = RVQKV_RECONSTRUCTED;
             options.alibi_slopes = slopes;
             options.sink_logits = sinks;
             options.hook.edit = [](void*, const rvqkv::score_block& block) {
@@ -569,6 +571,7 @@ TEST_CASE("c_api: what the _init functions set are the defaults of C++", "[c_api
     CHECK(options.scale == 0.0F);
     CHECK(options.causal);
     CHECK(options.soft_cap == 0.0F);
+    CHECK(options.reading == RVQKV_QUICKEST);
     CHECK(options.hook == nullptr);
     rvqkv_codec_spec spec;
     rvqkv_codec_spec_init(&spec, sizeof spec);

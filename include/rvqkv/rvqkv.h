@@ -345,6 +345,13 @@ typedef struct rvqkv_score_block {
     float* scores;  ///< `[tokens]`, to be edited; -infinity masks one.
 } rvqkv_score_block;
 
+/// How codes are read.
+typedef int32_t rvqkv_code_reading;
+enum {
+    RVQKV_QUICKEST = 0,      ///< The quickest way, within 1 % of the output of the other.
+    RVQKV_RECONSTRUCTED = 1  ///< As reconstruction gives them.
+};
+
 /// A score is made in this order: scale * <query, key>, soft cap, ALiBi, hook, mask.
 typedef struct rvqkv_attention_options {
     size_t struct_size;
@@ -358,6 +365,7 @@ typedef struct rvqkv_attention_options {
     /// Called for every query and every piece of the sequence, from any of the workers, several at a time; or null.
     void (*hook)(void* context, const rvqkv_score_block* block);
     void* hook_context;
+    rvqkv_code_reading reading;  ///< The quickest.
 } rvqkv_attention_options;
 void rvqkv_attention_options_init(rvqkv_attention_options* options, size_t struct_size);
 
@@ -384,8 +392,7 @@ rvqkv_status rvqkv_merge_partial(const rvqkv_tensor* out, float* log_sum_exp, co
 
 /// Drops the tokens of all layers from index `tokens` on.
 /// Errors: `RVQKV_INVALID_ARGUMENT` when a layer does not hold as many, and when its sliding window has let go of
-/// tokens
-///         that the next one must see.
+///         tokens that the next one must see.
 rvqkv_status rvqkv_sequence_truncate(rvqkv_sequence* sequence, size_t tokens, rvqkv_error* error);
 /// The same for one layer.
 rvqkv_status rvqkv_sequence_truncate_layer(rvqkv_sequence* sequence, size_t layer, size_t tokens, rvqkv_error* error);

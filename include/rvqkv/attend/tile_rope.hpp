@@ -36,10 +36,7 @@ public:
         made.angles_ = source.pairs();
         auto frequencies = aligned_buffer<double>::allocate(3 * made.angles_);
         auto table = aligned_buffer<float>::allocate(tile_tokens * 2 * made.angles_);
-        auto places = aligned_buffer<std::size_t>::allocate(order.size());
-        auto pairs = aligned_buffer<pair_places>::allocate(made.angles_);
-        auto runs = aligned_buffer<channel_pairs>::allocate(made.angles_);
-        if (!frequencies || !table || !places || !pairs || !runs) {
+        if (!frequencies || !table) {
             return error{error_code::out_of_memory, "out of memory"};
         }
         made.frequencies_ = std::move(frequencies).value();
@@ -168,7 +165,7 @@ private:
         for (std::size_t pair = 0; pair < angles_; ++pair) {
             pairs_[pair] = {places[source.first_channel(pair)], places[source.second_channel(pair)], pair};
         }
-        std::sort(pairs_.data(), pairs_.data() + angles_,
+        std::sort(pairs_.begin(), pairs_.end(),
                   [](const pair_places& a, const pair_places& b) { return a.first < b.first; });
         for (std::size_t i = 0; i < angles_;) {
             channel_pairs run = {pairs_[i].first, pairs_[i].second, 1, 1, i};

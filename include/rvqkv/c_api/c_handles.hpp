@@ -172,6 +172,7 @@ static_assert(RVQKV_INTERLEAVED == static_cast<int>(rope_pairs::interleaved));
 static_assert(RVQKV_BEFORE_ROPE == static_cast<int>(key_coding::before_rope) &&
               RVQKV_AFTER_ROPE == static_cast<int>(key_coding::after_rope) &&
               RVQKV_BLOCK_RELATIVE == static_cast<int>(key_coding::block_relative));
+static_assert(RVQKV_RECONSTRUCTED == static_cast<int>(code_reading::reconstructed));
 static_assert(RVQKV_ALL_DEPTHS == kv_sequence::all_depths && RVQKV_NO_LAYER == kv_layer_config::no_layer &&
               RVQKV_UNLIMITED == kv_cache_config::unlimited);
 
@@ -325,6 +326,9 @@ template <class Struct>
         return options;
     }
     if (status bad = check_size("options", *given); !bad) {
+        return bad.error();
+    }
+    if (status bad = set_kind(options.reading, "reading", given->reading, code_reading::reconstructed); !bad) {
         return bad.error();
     }
     options.scale = given->scale;

@@ -313,6 +313,7 @@ void rvqkv_attention_options_init(rvqkv_attention_options* options, size_t struc
     to.scale = from.scale;
     to.causal = from.causal;
     to.soft_cap = from.soft_cap;
+    to.reading = static_cast<rvqkv_code_reading>(from.reading);
     set_defaults(options, struct_size, to);
 }
 
