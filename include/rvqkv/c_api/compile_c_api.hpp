@@ -279,8 +279,8 @@ rvqkv_status rvqkv_sequence_append(rvqkv_sequence* sequence, size_t layer, const
         if (report != nullptr) {
             found = {from_c(report->keys), from_c(report->values)};
         }
-        const status done = sequence->sequence.append(layer, key_view.value(), value_view.value(), workspace->rows,
-                                                      &found, *workspace->workers);
+        status done = sequence->sequence.append(layer, key_view.value(), value_view.value(), workspace->rows, &found,
+                                                *workspace->workers);
         if (done && report != nullptr) {
             *report = {to_c(found.keys), to_c(found.values)};
         }
