@@ -8,7 +8,7 @@ usage() {
     cat <<'END'
 usage: benchmarks/run.sh [--quick] [--core N] [--out DIR] [--without-torch] [--without-ggml]
 
-  --quick           few and short rounds: four minutes on two idle cores, once everything is installed and built
+  --quick           few and short rounds: three minutes on two idle cores, once everything is installed and built
   --core N          the core that everything is pinned to, but for rows of two threads; default: the last
   --out DIR         where the report goes; default: benchmarks/results
   --without-torch   leave PyTorch and vector-quantize-pytorch out; PyPI's PyTorch for x86 is a download of 3 GB, once.
@@ -130,9 +130,9 @@ build_ggml() {
     if [ ! -e "$ggml_dir/source/CMakeLists.txt" ]; then
         rm -rf "$ggml_dir"
         mkdir -p "$ggml_dir/unpacked"
+        echo "llama-cpp-python==$ggml_version --hash=sha256:$ggml_sha256" >"$ggml_dir/package.txt"
         "$venv/bin/python" -m pip download --disable-pip-version-check --no-deps --no-binary :all: --dest "$ggml_dir" \
-            "llama-cpp-python==$ggml_version" || return 1
-        echo "$ggml_sha256  $package" | sha256sum --check || return 1
+            --require-hashes --requirement "$ggml_dir/package.txt" || return 1
         tar -xzf "$package" -C "$ggml_dir/unpacked" --strip-components=4 \
             "llama_cpp_python-$ggml_version/vendor/llama.cpp/ggml" || return 1
         mv "$ggml_dir/unpacked" "$ggml_dir/source"
