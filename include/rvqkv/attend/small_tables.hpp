@@ -239,8 +239,8 @@ private:
 };
 
 /// Sums of the values that codes stand for, times weights, by tables. Immutable, as `small_key_tables` is.
-/// Numerics: weights are rounded to 1/255 of the largest of sixteen; a value to bytes, or a sum of up to three bytes
-/// where
+/// Numerics: weights are rounded to 1/255 of the largest of 64 (four neighbours in each of 16 tiles); a value to bytes,
+/// or a sum of up to three bytes where
 ///           one step would lose more than `most_error`. Sums are the same bits at every SIMD level.
 class small_value_tables {
 public:
@@ -310,7 +310,7 @@ public:
             const float* const scale = detail::small_tables_shape::load_scales(now, layout, head, kernels, scales);
             kernels.small_scan->round_weights(weights + first * tile_tokens, stride, rows, now.count, scale, to.rounded,
                                               to.steps, to.totals + (depths - 1) * rows * value_lanes);
-            kernels.small_scan->add_values(located.tiles, tables, rows, to.rounded, to.steps, to.sums);
+            kernels.small_scan->add_values(located.tiles, tables, rows, to.rounded, to.steps, to.codes, to.sums);
         }
     }
 
@@ -356,6 +356,7 @@ private:
         float* weights;
         float* steps;
         std::uint8_t* rounded;
+        std::uint8_t* codes;
         std::size_t bytes;
     };
     [[nodiscard]] scratch_parts parts(std::byte* scratch, std::size_t rows) const noexcept {
@@ -365,8 +366,9 @@ private:
         made.totals = memory.take<float>(shape_.book.depths * rows * value_lanes);
         made.out = memory.take<float>(channels() * rows);
         made.weights = memory.take<float>(shape_.book.depths * rows);
-        made.steps = memory.take<float>(scan_block / scan_quad * rows * value_lanes);
+        made.steps = memory.take<float>(rows * value_lanes);
         made.rounded = memory.take<std::uint8_t>(scan_block * rows * tile_tokens);
+        made.codes = memory.take<std::uint8_t>(shape_.groups * (shape_.book.depths * scan_block + 1) * tile_tokens);
         made.bytes = memory.used();
         return made;
     }
