@@ -248,6 +248,32 @@ void check_values(scene& in, const std::vector<float>& weights, const std::vecto
     }
 }
 
+/// The bounds that the tables give of themselves.
+void check_worst_errors(scene& in, const rvqkv::small_key_tables& keys, const rvqkv::small_value_tables& values,
+                        const std::vector<float>& queries, const std::vector<float>& scores, std::size_t head,
+                        std::size_t depths) {
+    double largest = 0.0;
+    for (std::size_t i = 0; i < in.spec.head_dim; ++i) {
+        largest = std::max(largest, std::fabs(static_cast<double>(queries[i])));
+    }
+    for (std::size_t t = 0; t < in.tokens(); ++t) {
+        double exact = 0.0;
+        for (std::size_t i = 0; i < in.spec.head_dim; ++i) {
+            exact += in.channel(head, t, i, depths) * static_cast<double>(queries[i]);
+        }
+        const double error = static_cast<double>(scores[t]) / in.scale(head, t) - exact;
+        REQUIRE(std::fabs(error) <= static_cast<double>(keys.worst_error(depths)) * largest);
+    }
+    // A token that has all the weight comes out as it is.
+    std::vector<float> weights(in.tokens(), 0.0F);
+    weights[5] = 1.0F;
+    const auto out = values_of(in, values, weights, 1, head, depths, rvqkv::simd_level::generic);
+    for (std::size_t i = 0; i < in.spec.head_dim; ++i) {
+        const double error = static_cast<double>(out[i]) / in.scale(head, 5) - in.channel(head, 5, i, depths);
+        REQUIRE(std::fabs(error) <= static_cast<double>(values.worst_error()) + 1e-5);
+    }
+}
+
 std::vector<float> random_weights(test::random_source& random, std::size_t count) {
     std::vector<float> weights(count);
     for (float& weight : weights) {
@@ -270,6 +296,7 @@ void check_scene(test::random_source& random, const scene_spec& spec, std::size_
     const std::size_t head = spec.heads - 1;
     const auto scores = scores_of(in, keys, queries, rows, head, depths, rvqkv::simd_level::generic);
     check_scores(in, queries, scores, rows, head, depths);
+    check_worst_errors(in, keys, values, queries, scores, head, depths);
     const auto sums = values_of(in, values, weights, rows, head, depths, rvqkv::simd_level::generic);
     check_values(in, weights, sums, rows, head, depths);
     for (const rvqkv::simd_level level : test::levels()) {
