@@ -222,11 +222,12 @@ void check_values(scene& in, const std::vector<float>& weights, const std::vecto
     for (std::size_t v = 0; v < rows; ++v) {
         double total = 0.0;
         double lost = 0.0;
-        const std::size_t quad = rvqkv::scan_quad * tile_tokens;
+        const std::size_t block = rvqkv::scan_block * tile_tokens;
         for (std::size_t t = 0; t < in.tokens(); ++t) {
             double most = 0.0;  // of those that share a step
-            for (std::size_t other = t / quad * quad + t % tile_tokens / 4 * 4;
-                 other < in.tokens() && other < (t / quad + 1) * quad; other += other % 4 == 3 ? tile_tokens - 3 : 1) {
+            for (std::size_t other = t / block * block + t % tile_tokens / 4 * 4;
+                 other < in.tokens() && other < (t / block + 1) * block;
+                 other += other % 4 == 3 ? tile_tokens - 3 : 1) {
                 most = std::max(most, static_cast<double>(weights[v * in.tokens() + other]) * in.scale(head, other));
             }
             lost += 0.501 * most / 255.0;
@@ -244,6 +245,32 @@ void check_values(scene& in, const std::vector<float>& weights, const std::vecto
             CAPTURE(v, i, total);
             REQUIRE(std::fabs(static_cast<double>(out[v * in.spec.head_dim + i]) - exact) <= bound);
         }
+    }
+}
+
+/// The bounds that the tables give of themselves.
+void check_worst_errors(scene& in, const rvqkv::small_key_tables& keys, const rvqkv::small_value_tables& values,
+                        const std::vector<float>& queries, const std::vector<float>& scores, std::size_t head,
+                        std::size_t depths) {
+    double largest = 0.0;
+    for (std::size_t i = 0; i < in.spec.head_dim; ++i) {
+        largest = std::max(largest, std::fabs(static_cast<double>(queries[i])));
+    }
+    for (std::size_t t = 0; t < in.tokens(); ++t) {
+        double exact = 0.0;
+        for (std::size_t i = 0; i < in.spec.head_dim; ++i) {
+            exact += in.channel(head, t, i, depths) * static_cast<double>(queries[i]);
+        }
+        const double error = static_cast<double>(scores[t]) / in.scale(head, t) - exact;
+        REQUIRE(std::fabs(error) <= static_cast<double>(keys.worst_error(depths)) * largest);
+    }
+    // A token that has all the weight comes out as it is.
+    std::vector<float> weights(in.tokens(), 0.0F);
+    weights[5] = 1.0F;
+    const auto out = values_of(in, values, weights, 1, head, depths, rvqkv::simd_level::generic);
+    for (std::size_t i = 0; i < in.spec.head_dim; ++i) {
+        const double error = static_cast<double>(out[i]) / in.scale(head, 5) - in.channel(head, 5, i, depths);
+        REQUIRE(std::fabs(error) <= static_cast<double>(values.worst_error()) + 1e-5);
     }
 }
 
@@ -269,6 +296,7 @@ void check_scene(test::random_source& random, const scene_spec& spec, std::size_
     const std::size_t head = spec.heads - 1;
     const auto scores = scores_of(in, keys, queries, rows, head, depths, rvqkv::simd_level::generic);
     check_scores(in, queries, scores, rows, head, depths);
+    check_worst_errors(in, keys, values, queries, scores, head, depths);
     const auto sums = values_of(in, values, weights, rows, head, depths, rvqkv::simd_level::generic);
     check_values(in, weights, sums, rows, head, depths);
     for (const rvqkv::simd_level level : test::levels()) {
@@ -438,17 +466,22 @@ TEST_CASE("small tables: sums go on, are rescaled, and finish as often as wanted
     for (const rvqkv::simd_level level : test::levels()) {
         CAPTURE(rvqkv::name_of(level));
         const rvqkv::kernel_table& kernels = *rvqkv::kernels_for(level).value();
-        const std::vector<float> once = values_of(in, values, weights, 3, 0, 3, level);
-        scratch_memory scratch(values.scratch_bytes(3));
-        values.begin(3, scratch.data());
         const float factors[] = {0.5F, 0.25F, 2.0F};
-        for (const std::size_t first : {0U, 4U}) {
-            values.add(in.all().part(first, 4), in.layout, 0, 3, weights.data() + first * tile_tokens, in.tokens(), 3,
-                       scratch.data(), kernels);
-            if (first == 0) {
-                values.rescale(factors, 3, scratch.data(), kernels);
+        scratch_memory scratch(values.scratch_bytes(3));
+        std::vector<float> out(3 * 64);
+        const auto sum = [&](const std::vector<float>& by, bool rescaled) {
+            values.begin(3, scratch.data());
+            for (const std::size_t first : {0U, 4U}) {
+                values.add(in.all().part(first, 4), in.layout, 0, 3, by.data() + first * tile_tokens, in.tokens(), 3,
+                           scratch.data(), kernels);
+                if (first == 0 && rescaled) {
+                    values.rescale(factors, 3, scratch.data(), kernels);
+                }
             }
-        }
+            values.finish(out.data(), 3, scratch.data(), kernels);
+            return out;
+        };
+        const std::vector<float> once = sum(weights, false);
         // Powers of two are exact: the second half comes with factors of its own.
         std::vector<float> scaled = weights;
         for (std::size_t v = 0; v < 3; ++v) {
@@ -456,10 +489,8 @@ TEST_CASE("small tables: sums go on, are rescaled, and finish as often as wanted
                 scaled[v * in.tokens() + t] *= factors[v];
             }
         }
-        const std::vector<float> expected = values_of(in, values, scaled, 3, 0, 3, level);
-        std::vector<float> out(3 * 64);
-        values.finish(out.data(), 3, scratch.data(), kernels);
-        CHECK(test::bits_of(out) == test::bits_of(expected));
+        const std::vector<float> expected = sum(scaled, false);
+        CHECK(test::bits_of(sum(weights, true)) == test::bits_of(expected));
         values.finish(out.data(), 3, scratch.data(), kernels);
         CHECK(test::bits_of(out) == test::bits_of(expected));
         CHECK(test::bits_of(out) != test::bits_of(once));

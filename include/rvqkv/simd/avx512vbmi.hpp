@@ -22,9 +22,8 @@ namespace vbmi {
 
 using breg = __m512i;
 inline constexpr int byte_lanes = 64;
-inline constexpr int scan_strips = 4;  // 4 x (2 digits + 2 sums) + 2 tables of 2 registers + codes of 32
+inline constexpr int scan_strips = 4;  // 4 x (2 queries x 2 digits + codes) + a table of 2 registers of 32
 inline constexpr __mmask64 all_bytes = ~__mmask64{0};
-inline constexpr __mmask32 all_words = ~__mmask32{0};
 
 inline breg load_bytes(const void* from) {
     return _mm512_loadu_si512(from);
@@ -36,32 +35,25 @@ inline breg keep(breg value) {
 inline void store_bytes(void* to, breg value) {
     _mm512_storeu_si512(to, value);
 }
-inline breg broadcast_words(std::int16_t value) {
-    return _mm512_set1_epi16(value);
-}
 inline breg add_bytes(breg a, breg b) {
     return _mm512_add_epi8(a, b);
 }
-inline breg add_words(breg a, breg b) {
-    return _mm512_add_epi16(a, b);
+/// `low + score_base * high` of 64 tokens, added to words in the order in which bytes are interleaved.
+inline void add_digits(breg low, breg high, std::uint16_t* sums) {
+    const breg factors = _mm512_set1_epi16(static_cast<std::int16_t>(score_base * 256 + 1));
+    const breg first = _mm512_maddubs_epi16(_mm512_unpacklo_epi8(low, high), factors);
+    const breg second = _mm512_maddubs_epi16(_mm512_unpackhi_epi8(low, high), factors);
+    store_bytes(sums, _mm512_add_epi16(load_bytes(sums), first));
+    store_bytes(sums + 32, _mm512_add_epi16(load_bytes(sums + 32), second));
 }
-inline breg subtract_words(breg a, breg b) {
-    return _mm512_sub_epi16(a, b);
-}
-inline breg multiply_words(breg a, breg b) {
-    return _mm512_mullo_epi16(a, b);
-}
-inline breg upper_bytes(breg words) {
-    return _mm512_srli_epi16(words, 8);
-}
-inline breg to_upper_bytes(breg words) {
-    return _mm512_slli_epi16(words, 8);
-}
-inline void store_zipped(std::uint16_t* to, breg even, breg odd) {
-    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8,  //
-                                           39, 7, 38, 6, 37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    store_bytes(to, _mm512_permutex2var_epi16(even, order, odd));
-    store_bytes(to + 32, _mm512_permutex2var_epi16(even, add_words(order, broadcast_words(16)), odd));
+/// The words of 64 tokens in their order.
+inline void order_sums(const std::uint16_t* sums, std::uint16_t* words) {
+    const breg first = load_bytes(sums);
+    const breg second = load_bytes(sums + 32);
+    const breg lower = _mm512_set_epi64(11, 10, 3, 2, 9, 8, 1, 0);
+    const breg upper = _mm512_set_epi64(15, 14, 7, 6, 13, 12, 5, 4);
+    store_bytes(words, _mm512_permutex2var_epi64(first, lower, second));
+    store_bytes(words + 32, _mm512_permutex2var_epi64(first, upper, second));
 }
 inline reg load_words(const std::uint16_t* from) {
     return to_floats(load(from));
@@ -121,7 +113,8 @@ inline constexpr code_places_of_bits code_places_table = [] {
 }();
 
 /// 64 codes of up to eight bits to bytes: eight codes are as many bytes as they have bits, moved to a lane of their
-/// own.
+/// own. Bits above a code's are cleared where a table would read them.
+template <int Slots>
 class unpacker {
 public:
     explicit unpacker(unsigned bits)
@@ -132,7 +125,8 @@ public:
     __attribute__((always_inline)) void unpack(const std::byte* row, std::uint8_t* codes) const {
         const breg packed = _mm512_maskz_loadu_epi8(row_, row);
         const breg spread = _mm512_maskz_permutexvar_epi8(all_bytes, bytes_, packed);
-        store_bytes(codes, _mm512_and_si512(_mm512_maskz_multishift_epi64_epi8(all_bytes, shifts_, spread), code_));
+        const breg moved = _mm512_maskz_multishift_epi64_epi8(all_bytes, shifts_, spread);
+        store_bytes(codes, Slots >= 128 ? moved : _mm512_and_si512(moved, code_));
     }
 
 private:

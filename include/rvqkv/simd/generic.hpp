@@ -288,9 +288,6 @@ inline constexpr int scan_strips = 1;
 struct breg {
     std::uint8_t lane[byte_lanes];
 };
-struct wreg {
-    std::uint16_t lane[byte_lanes / 2];
-};
 
 inline reg min(const reg& a, const reg& b) {
     return select(greater(b, a), a, b);
@@ -356,16 +353,6 @@ inline void store_bytes(void* to, const breg& value) {
 inline const breg& keep(const breg& value) {
     return value;
 }
-inline wreg as_words(const breg& value) {
-    return std::bit_cast<wreg>(value);
-}
-inline breg broadcast_words(std::int16_t from) {
-    wreg value;
-    for (std::uint16_t& lane : value.lane) {
-        lane = static_cast<std::uint16_t>(from);
-    }
-    return std::bit_cast<breg>(value);
-}
 inline breg add_bytes(const breg& a, const breg& b) {
     breg value;
     for (int i = 0; i < byte_lanes; ++i) {
@@ -373,37 +360,13 @@ inline breg add_bytes(const breg& a, const breg& b) {
     }
     return value;
 }
-/// A function of each pair of words.
-template <class Function>
-inline breg for_words(const breg& a, const breg& b, Function function) {
-    wreg value = as_words(a);
-    const wreg other = as_words(b);
-    for (int i = 0; i < byte_lanes / 2; ++i) {
-        value.lane[i] =
-            static_cast<std::uint16_t>(function(std::uint32_t{value.lane[i]}, std::uint32_t{other.lane[i]}));
+inline void add_digits(const breg& low, const breg& high, std::uint16_t* sums) {
+    for (int i = 0; i < byte_lanes; ++i) {
+        sums[i] = static_cast<std::uint16_t>(sums[i] + low.lane[i] + score_base * high.lane[i]);
     }
-    return std::bit_cast<breg>(value);
 }
-inline breg add_words(const breg& a, const breg& b) {
-    return for_words(a, b, [](std::uint32_t x, std::uint32_t y) { return x + y; });
-}
-inline breg subtract_words(const breg& a, const breg& b) {
-    return for_words(a, b, [](std::uint32_t x, std::uint32_t y) { return x - y; });
-}
-inline breg multiply_words(const breg& a, const breg& b) {
-    return for_words(a, b, [](std::uint32_t x, std::uint32_t y) { return x * y; });
-}
-inline breg upper_bytes(const breg& words) {
-    return for_words(words, words, [](std::uint32_t x, std::uint32_t) { return x >> 8U; });
-}
-inline breg to_upper_bytes(const breg& words) {
-    return for_words(words, words, [](std::uint32_t x, std::uint32_t) { return x << 8U; });
-}
-inline void store_zipped(std::uint16_t* to, const breg& even, const breg& odd) {
-    for (int i = 0; i < byte_lanes / 2; ++i) {
-        to[2 * i] = as_words(even).lane[i];
-        to[2 * i + 1] = as_words(odd).lane[i];
-    }
+inline void order_sums(const std::uint16_t* sums, std::uint16_t* words) {
+    std::memcpy(words, sums, byte_lanes * sizeof(std::uint16_t));
 }
 inline reg load_words(const std::uint16_t* from) {
     reg value;
@@ -428,6 +391,7 @@ inline float sum_of_lanes(const float* from) {
     }
     return (half[0] + half[2]) + (half[1] + half[3]);
 }
+template <int Slots>
 class unpacker {
 public:
     explicit unpacker(unsigned bits) : bits_(bits) {}

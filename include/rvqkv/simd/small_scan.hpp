@@ -54,9 +54,9 @@ struct score_tables {
     const float* starts = nullptr;  ///< `[queries]`
 };
 
-/// Tiles that are unpacked, and whose weighted values are added up, at once.
+/// Tiles that are scanned at once, by one group's table after the other.
 inline constexpr std::size_t scan_quad = 4;
-/// Tiles through which tables, or sums, stay in L1.
+/// Most tiles of a call: tables, or sums, stay in L1 through them.
 inline constexpr std::size_t scan_block = 16;
 /// Numbers in which a channel is summed up, to be added in the end: number `i` is of tokens `4 i` to `4 i + 3` of each
 /// tile.
@@ -74,7 +74,7 @@ struct value_tables {
     std::size_t dim = 0;
     std::size_t planes = 0;
     std::size_t plane_ends[most_value_planes] = {};  ///< First depth after each plane.
-    const float* ratios = nullptr;                   ///< `[planes - 1, dim]`: steps of the planes in those of the last.
+    const float* ratios = nullptr;                   ///< `[planes, dim]`: steps of the planes in those of the last.
 };
 
 /// The scans at one SIMD level. All levels give the same bits.
@@ -89,16 +89,16 @@ struct small_scan_kernels {
     /// `scores[query * stride + token] = (sum of the entries * step + start) * scale`; `scales` is `[tokens]`, or null.
     void (*scan_scores)(const code_tiles& tiles, const score_tables& tables, const float* scales, float* scores,
                         std::size_t stride);
-    /// Weights times the tokens' scales (null: 1), rounded to bytes `[quads, rows, scan_quad, tile_tokens]` with
-    /// `steps`,
-    /// `[quads, rows, value_lanes]`; those of tiles that the last quad lacks are zero. `totals`, `[rows, value_lanes]`,
-    /// grow by what is rounded. A weight of zero is zero whatever its scale. Precondition: no product is below zero.
+    /// Weights times the tokens' scales (null: 1), rounded to bytes `[tiles, rows, tile_tokens]` with `steps`, `[rows,
+    /// value_lanes]`. `totals`, `[rows, value_lanes]`, grow by what is rounded. A weight of zero is zero whatever its
+    /// scale. Preconditions: at most `scan_block` tiles; no product is below zero.
     void (*round_weights)(const float* weights, std::size_t stride, std::size_t rows, std::size_t tiles,
                           const float* scales, std::uint8_t* rounded, float* steps, float* totals);
     /// Adds the tiles, times their rounded weights, to `sums`, `[groups * dim, rows, value_lanes]`, in steps of the
-    /// last plane.
+    /// last plane. `codes` is room for `[groups, depths, scan_block, tile_tokens]`. Precondition: at most `scan_block`
+    /// tiles.
     void (*add_values)(const code_tiles& tiles, const value_tables& tables, std::size_t rows,
-                       const std::uint8_t* rounded, const float* steps, float* sums);
+                       const std::uint8_t* rounded, const float* steps, std::uint8_t* codes, float* sums);
     /// Multiplies the lanes of `sums`, `[count, rows, value_lanes]`, by their row's factor.
     void (*multiply_rows)(float* sums, std::size_t count, std::size_t rows, const float* factors);
     /// `out[i]` = sum of the lanes of `sums[i]`.
