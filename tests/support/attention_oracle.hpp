@@ -235,8 +235,9 @@ struct attention_answer {
     double score_tolerance = 0.0;     ///< Of `log_sum_exp`.
 };
 
-/// By how much a channel may be off that is reconstructed from a large codebook rounded to 16 bits, at a scale of 1.5,
-/// and the sum of each depth's largest weight.
+/// By how much a channel may be off that is reconstructed from a large codebook rounded to whole numbers, at a scale of
+/// 1.5, and the sum of each depth's largest weight. Where codewords are rounded to 8 bits as well, this is as much as
+/// they may lose in the mean (1/256 of root mean squares), four times over.
 struct codec_rounding {
     double channel = 0.0;
     double reach = 0.0;
@@ -254,7 +255,14 @@ struct codec_rounding {
         }
         rounding.reach += most;
     }
-    rounding.channel = 1.5 * 0.5 * static_cast<double>(codec.depths()) * rounding.reach / 32000.0;
+    rounding.channel = 1.5 * 0.5 * static_cast<double>(codec.depths()) * rounding.reach / 22000.0;
+    if (codec.shape().dim % 32 == 0) {
+        double squares = 0.0;
+        for (std::size_t i = 0; i < codec.depths() * depth_size; ++i) {
+            squares += std::pow(layer_pages::weight(codec, i), 2.0);
+        }
+        rounding.channel += 1.5 * 4.0 / 256.0 * std::sqrt(squares / static_cast<double>(depth_size));
+    }
     return rounding;
 }
 

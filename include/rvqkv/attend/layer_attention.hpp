@@ -11,6 +11,7 @@
 #include "rvqkv/attend/small_readers.hpp"
 #include "rvqkv/attend/tile_reader.hpp"
 #include "rvqkv/attend/tile_rope.hpp"
+#include "rvqkv/attend/word_rows.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
@@ -74,13 +75,9 @@ public:
             return bias.error();
         }
         std::copy(config.key_mean.begin(), config.key_mean.end(), parts.mean.data());
-        auto key_tiles = tile_decoder::create(parts.key_codec, kernels);
-        auto value_tiles = tile_decoder::create(parts.value_codec, kernels);
-        if (!key_tiles || !value_tiles) {
-            return error{error_code::out_of_memory, "out of memory"};
+        if (status wrong = made.make_readers(); !wrong) {
+            return wrong.error();
         }
-        parts.key_tiles = std::make_unique<tile_key_reader>(std::move(key_tiles).value());
-        parts.value_tiles = std::make_unique<tile_value_reader>(std::move(value_tiles).value());
         if (status wrong = made.make_tables(); !wrong) {
             return wrong.error();
         }
@@ -95,8 +92,8 @@ public:
     [[nodiscard]] std::size_t bytes() const noexcept {
         const auto held = [](const auto& part) { return part == nullptr ? std::size_t{0} : part->bytes(); };
         return parts_.rope.bytes() + parts_.plain.bytes() + parts_.coded.bytes() + parts_.mean.bytes() +
-               parts_.bias.bytes() + held(parts_.key_tiles) + held(parts_.key_tables) + held(parts_.value_tiles) +
-               held(parts_.value_tables);
+               parts_.bias.bytes() + held(parts_.key_tiles) + held(parts_.key_words) + held(parts_.key_tables) +
+               held(parts_.value_tiles) + held(parts_.value_tables);
     }
 
     /// Makes room in a workspace for calls of up to so many query tokens by so many workers, which then allocate
@@ -167,6 +164,47 @@ private:
         return {};
     }
 
+    /// The readers that serve any number of queries and tokens.
+    [[nodiscard]] status make_readers() {
+        const kernel_table& kernels = *parts_.kernels;
+        detail::word_turn turn;
+        const bool turns = parts_.coding == key_coding::before_rope;
+        if (turns) {
+            auto made = detail::word_turn::create(parts_.coded, parts_.key_dim, parts_.rope.attention_factor());
+            if (!made) {
+                return made.error();
+            }
+            turn = std::move(made).value();
+        }
+        if (detail::word_decoder::supports(*parts_.key_codec, kernels) && (!turns || turn.serves())) {
+            auto decoder = detail::word_decoder::create(parts_.key_codec, kernels);
+            if (!decoder) {
+                return decoder.error();
+            }
+            parts_.key_words = std::make_unique<word_key_reader>(std::move(decoder).value(), std::move(turn));
+        } else {
+            auto decoder = tile_decoder::create(parts_.key_codec, kernels);
+            if (!decoder) {
+                return decoder.error();
+            }
+            parts_.key_tiles = std::make_unique<tile_key_reader>(std::move(decoder).value());
+        }
+        if (detail::word_decoder::supports(*parts_.value_codec, kernels)) {
+            auto decoder = detail::word_decoder::create(parts_.value_codec, kernels);
+            if (!decoder) {
+                return decoder.error();
+            }
+            parts_.value_tiles = std::make_unique<word_value_reader>(std::move(decoder).value());
+        } else {
+            auto decoder = tile_decoder::create(parts_.value_codec, kernels);
+            if (!decoder) {
+                return decoder.error();
+            }
+            parts_.value_tiles = std::make_unique<tile_value_reader>(std::move(decoder).value());
+        }
+        return {};
+    }
+
     /// The quicker readers that there are for the codecs' shapes.
     [[nodiscard]] status make_tables() {
         if (detail::small_tables_pay(*parts_.key_codec, *parts_.kernels) && parts_.coding != key_coding::before_rope) {
@@ -191,7 +229,8 @@ private:
             parts_.key_tables = std::move(tables).value();
             parts_.chunk_tokens = large_chunk_tokens;
         }
-        if (large_value_tables::supports(parts_.value_codec->shape())) {
+        if (large_value_tables::supports(parts_.value_codec->shape()) &&
+            !detail::word_decoder::supports(*parts_.value_codec, *parts_.kernels)) {
             parts_.value_tables = std::make_unique<large_value_tables>(parts_.value_codec, *parts_.kernels);
             parts_.chunk_tokens = large_chunk_tokens;
         }

@@ -326,6 +326,7 @@ inline void join(float* to, reg even, reg odd) {
     store(to + lanes, _mm256_permute2f128_ps(low, high, 0x31));
 }
 using generic::small_scan;
+inline constexpr const word_row_kernels* word_rows = nullptr;
 
 #include "rvqkv/simd/kernels.inl"
 

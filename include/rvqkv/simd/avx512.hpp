@@ -7,6 +7,7 @@
 #include "rvqkv/simd/avx2.hpp"
 #include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
+#include "rvqkv/simd/word_rows.hpp"
 
 #if RVQKV_X86
 
@@ -321,6 +322,14 @@ inline void join(float* to, reg even, reg odd) {
     store(to + lanes, _mm512_permutex2var_ps(even, _mm512_add_epi32(places, _mm512_set1_epi32(8)), odd));
 }
 using generic::small_scan;
+
+namespace words {
+inline void add_pairs(ireg& sums, ireg a, ireg b) {
+    sums = add(sums, _mm512_madd_epi16(a, b));
+}
+#include "rvqkv/simd/word_rows.inl"
+}  // namespace words
+inline constexpr const word_row_kernels* word_rows = &words::word_loops;
 
 #include "rvqkv/simd/kernels.inl"
 

@@ -457,6 +457,8 @@ struct small_table {
 
 #include "rvqkv/simd/small_scan.inl"
 
+inline constexpr const word_row_kernels* word_rows = nullptr;
+
 #include "rvqkv/simd/kernels.inl"
 
 }  // namespace generic

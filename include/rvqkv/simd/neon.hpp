@@ -180,6 +180,7 @@ inline Reg load_as(const T* from) {
 inline constexpr bool has_lookup = false;
 
 using generic::small_scan;
+inline constexpr const word_row_kernels* word_rows = nullptr;
 
 #include "rvqkv/simd/kernels.inl"
 
