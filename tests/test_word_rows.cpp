@@ -24,7 +24,7 @@ template <class T>
 std::vector<T> numbers(test::random_source& random, std::size_t count, int most) {
     std::vector<T> made(count);
     for (T& number : made) {
-        number = static_cast<T>(static_cast<int>(random.integer(0, static_cast<std::size_t>(2 * most))) - most);
+        number = static_cast<T>(static_cast<int>(random.integer(0, 2 * static_cast<std::size_t>(most))) - most);
     }
     return made;
 }
@@ -52,7 +52,7 @@ TEST_CASE("word_rows: unpacks and adds up codewords of any depths", "[attend][si
     test::random_source random(31);
     CAPTURE(test::seed());
     for (int round = 0; round < 30; ++round) {
-        const std::size_t dim = 32 * random.integer(1, 3);
+        const std::size_t dim = 32 * random.integer(1, 2);
         const std::size_t groups = 64 / std::size_t{32} * random.integer(1, 2);
         const std::size_t codewords = random.integer(257, 4096);
         const std::size_t depths = random.integer(1, 5);
@@ -90,7 +90,8 @@ TEST_CASE("word_rows: unpacks and adds up codewords of any depths", "[attend][si
             bool same = true;
             for (std::size_t i = 0; i < codes.size(); ++i) {
                 const std::size_t code = std::min<std::size_t>(codes[i], codewords - 1);
-                same = same && unpacked[i] == code * dim / 8;
+                const std::size_t depth = i / rvqkv::tile_tokens % used;
+                same = same && unpacked[i] == code * dim / (depth < wide_depths ? 4 : 8);
             }
             CHECK(same);
             const std::size_t first = word_rows_at_once * random.integer(0, rvqkv::tile_tokens / word_rows_at_once - 1);

@@ -38,7 +38,7 @@ public:
     [[nodiscard]] static bool supports(const codec& source, const kernel_table& kernels) noexcept {
         const codebook_shape& shape = source.shape();
         return kernels.word_rows != nullptr && shape.codewords > 256 && shape.codewords <= 4096 && shape.depths <= 12 &&
-               shape.dim % 32 == 0 && shape.dim <= 128 && source.head_dim() % 64 == 0 && source.head_dim() <= 4096;
+               shape.dim % 32 == 0 && shape.dim <= 64 && source.head_dim() % 64 == 0 && source.head_dim() <= 4096;
     }
 
     /// Precondition: `supports`. Errors: `out_of_memory`.

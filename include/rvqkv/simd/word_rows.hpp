@@ -18,7 +18,7 @@ inline constexpr std::size_t word_block = 16;
 inline constexpr std::size_t word_rows_at_once = 8;
 
 /// A codebook in whole numbers: the first depths in 16 bits, the others in 8 bits with a factor for each channel. Codes
-/// are given as `code * dim / 8`.
+/// are given as `code * dim / 8`, those of the first depths as twice as much.
 struct word_codebook {
     const std::int16_t* wide = nullptr;     ///< `[wide_depths, codewords, dim]`
     const std::int8_t* narrow = nullptr;    ///< `[depths - wide_depths, codewords, dim]`

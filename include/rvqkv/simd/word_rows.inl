@@ -13,7 +13,8 @@ public:
           bytes_(4U * bits),
           code_(_mm512_set1_epi16(static_cast<short>((1U << bits) - 1U))),
           last_(_mm512_set1_epi16(static_cast<short>(book.codewords - 1))),
-          factor_(_mm512_set1_epi16(static_cast<short>(book.dim / 8))) {
+          narrow_(_mm512_set1_epi16(static_cast<short>(book.dim / 8))),
+          wide_(_mm512_set1_epi16(static_cast<short>(book.dim / 4))) {
         alignas(64) std::uint16_t begins[32];
         for (unsigned i = 0; i < 32; ++i) {
             begins[i] = static_cast<std::uint16_t>(i * bits);
@@ -24,7 +25,8 @@ public:
         right_ = _mm512_and_si512(begin, _mm512_set1_epi16(15));
         left_ = _mm512_sub_epi16(_mm512_set1_epi16(16), right_);  // 16 shifts all out
     }
-    void unpack(const std::byte* packed, code_t* codes) const {
+    void unpack(const std::byte* packed, bool is_wide, code_t* codes) const {
+        const __m512i factor = is_wide ? wide_ : narrow_;
         RVQKV_UNROLL
         for (int half = 0; half < 2; ++half) {
             const __m512i words = _mm512_maskz_loadu_epi8(loaded_, packed + static_cast<std::size_t>(half) * bytes_);
@@ -33,7 +35,7 @@ public:
             const __m512i high = _mm512_maskz_sllv_epi16(
                 all_word_lanes, _mm512_maskz_permutexvar_epi16(all_word_lanes, high_, words), left_);
             const __m512i code = _mm512_min_epu16(_mm512_and_si512(_mm512_or_si512(low, high), code_), last_);
-            _mm512_storeu_si512(codes + 32 * half, _mm512_mullo_epi16(code, factor_));
+            _mm512_storeu_si512(codes + 32 * half, _mm512_mullo_epi16(code, factor));
         }
     }
 
@@ -42,7 +44,8 @@ private:
     std::size_t bytes_;
     __m512i code_;
     __m512i last_;
-    __m512i factor_;
+    __m512i narrow_;
+    __m512i wide_;
     __m512i low_;
     __m512i high_;
     __m512i right_;
@@ -53,9 +56,14 @@ inline void unpack_words(const tile_codes& codes, const word_codebook& book, cod
     const word_unpacker unpacker(codes.bits, book);
     for (std::size_t group = 0; group < codes.groups; ++group) {
         for (std::size_t depth = 0; depth < codes.depths; ++depth, out += tile_tokens) {
-            unpacker.unpack(codes.first + depth * codes.depth_stride + group * codes.group_stride, out);
+            unpacker.unpack(codes.first + depth * codes.depth_stride + group * codes.group_stride,
+                            depth < book.wide_depths, out);
         }
     }
+}
+
+inline ireg load_narrow(const std::int8_t* from) {
+    return _mm512_maskz_cvtepi8_epi16(all_word_lanes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 }
 
 /// 32 channels of some rows: sums stay in registers over all depths, the narrow ones first.
@@ -64,30 +72,41 @@ RVQKV_ALWAYS_INLINE void decode_word_strip(const word_codebook& book, std::size_
                                            std::size_t depths, ireg (&sums)[Rows]) {
     const std::size_t depth_size = book.codewords * book.dim;
     const std::size_t wide_depths = book.wide_depths < depths ? book.wide_depths : depths;
-    const code_t* narrow_codes = codes + wide_depths * tile_tokens;
-    const std::int8_t* narrow = book.narrow + j;
-    RVQKV_UNROLL
-    for (int row = 0; row < Rows; ++row) {
-        sums[row] = _mm512_setzero_si512();
-    }
-    for (std::size_t depth = wide_depths; depth < depths; ++depth, narrow += depth_size, narrow_codes += tile_tokens) {
-        RVQKV_UNROLL
-        for (int row = 0; row < Rows; ++row) {
-            const auto* const bytes = reinterpret_cast<const __m256i*>(narrow + std::size_t{8} * narrow_codes[row]);
-            sums[row] =
-                _mm512_add_epi16(sums[row], _mm512_maskz_cvtepi8_epi16(all_word_lanes, _mm256_loadu_si256(bytes)));
-        }
-    }
-    const ireg factor = load(book.factors + j);
-    RVQKV_UNROLL
-    for (int row = 0; row < Rows; ++row) {
-        sums[row] = _mm512_mullo_epi16(sums[row], factor);
-    }
     const std::int16_t* wide = book.wide + j;
-    for (std::size_t depth = 0; depth < wide_depths; ++depth, wide += depth_size, codes += tile_tokens) {
+    std::size_t first_wide = 0;
+    if (wide_depths < depths) {
+        const code_t* narrow_codes = codes + wide_depths * tile_tokens;
+        const std::int8_t* narrow = book.narrow + j;
         RVQKV_UNROLL
         for (int row = 0; row < Rows; ++row) {
-            sums[row] = _mm512_add_epi16(sums[row], load(wide + std::size_t{8} * codes[row]));
+            sums[row] = load_narrow(narrow + std::size_t{8} * narrow_codes[row]);
+        }
+        for (std::size_t depth = wide_depths + 1; depth < depths; ++depth) {
+            narrow += depth_size;
+            narrow_codes += tile_tokens;
+            RVQKV_UNROLL
+            for (int row = 0; row < Rows; ++row) {
+                sums[row] = _mm512_add_epi16(sums[row], load_narrow(narrow + std::size_t{8} * narrow_codes[row]));
+            }
+        }
+        const ireg factor = load(book.factors + j);
+        RVQKV_UNROLL
+        for (int row = 0; row < Rows; ++row) {
+            sums[row] = _mm512_mullo_epi16(sums[row], factor);
+        }
+    } else {
+        RVQKV_UNROLL
+        for (int row = 0; row < Rows; ++row) {
+            sums[row] = load(wide + std::size_t{4} * codes[row]);
+        }
+        first_wide = 1;
+    }
+    wide += first_wide * depth_size;
+    codes += first_wide * tile_tokens;
+    for (std::size_t depth = first_wide; depth < wide_depths; ++depth, wide += depth_size, codes += tile_tokens) {
+        RVQKV_UNROLL
+        for (int row = 0; row < Rows; ++row) {
+            sums[row] = _mm512_add_epi16(sums[row], load(wide + std::size_t{4} * codes[row]));
         }
     }
 }
@@ -102,6 +121,13 @@ inline void decode_rows(const word_codebook& book, const code_t* codes, std::siz
             decode_word_strip(book, j, codes, depths, sums);
             std::int16_t* const first = rows + places[0];
             std::int16_t* const second = rows + places[1];
+            if (second == first + word_block) {
+                RVQKV_UNROLL
+                for (int i = 0; i < at_once; ++i) {
+                    _mm512_storeu_si512(first + static_cast<std::size_t>(i) * dim, sums[i]);
+                }
+                continue;
+            }
             RVQKV_UNROLL
             for (int i = 0; i < at_once; ++i) {
                 const std::size_t offset = static_cast<std::size_t>(i) * dim;
