@@ -484,7 +484,8 @@ TEST_CASE("layer_attention: large codebooks by rows of whole numbers", "[attend]
         // Depths that become smaller, as trained ones do: those in 8 bits are among them.
         std::vector<float> weights = test::make_weights(random, keys.shape);
         for (std::size_t i = 0; i < weights.size(); ++i) {
-            weights[i] *= std::pow(0.2F, static_cast<float>(i / (keys.shape.codewords * keys.shape.dim)));
+            const std::size_t depth = i / (keys.shape.codewords * keys.shape.dim);
+            weights[i] *= std::pow(0.2F, static_cast<float>(depth));
         }
         config.keys = {rvqkv::make_codec<float>(keys, weights).value(), 1};
         config.values = {test::random_codec(random, values), 1};
