@@ -497,5 +497,17 @@ TEST_CASE("layer_attention: large codebooks by rows of whole numbers", "[attend]
         test::layer_pages pages(config, 40 + round);
         add_usual_runs(pages, 1000);
         check_attention(pages, 2, 1000 + usual_tokens);
+        // Roundings are many and small: results are far closer than the worst that they may add up to.
+        const std::vector<float> queries = random_queries(pages, 1);
+        const auto expected = test::oracle_attention(pages, queries, 1, 1000 + usual_tokens, {});
+        const auto attention = rvqkv::layer_attention::create(config).value();
+        const result got = attend(attention, pages.runs(), queries, 1, 1000 + usual_tokens);
+        double error = 0.0;
+        double size = 0.0;
+        for (std::size_t i = 0; i < got.out.size(); ++i) {
+            error += std::pow(static_cast<double>(got.out[i]) - expected.out[i], 2.0);
+            size += std::pow(expected.out[i], 2.0);
+        }
+        CHECK(std::sqrt(error / size) <= 0.008);
     }
 }
