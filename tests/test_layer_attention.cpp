@@ -511,3 +511,43 @@ TEST_CASE("layer_attention: whichever allocation fails, create says so and leave
         }
     }
 }
+
+TEST_CASE("layer_attention: large codebooks by rows of whole numbers", "[attend][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(21);
+    for (std::size_t round = 0; round < 8; ++round) {
+        rvqkv::kv_layer_config config;
+        rvqkv::codec_spec keys = spec_of(128, {4, round % 2 == 0 ? std::size_t{512} : std::size_t{300}, 32});
+        rvqkv::codec_spec values = spec_of(64, {3, 400, 64});
+        keys.weight_type = static_cast<rvqkv::dtype>(round % 3);
+        keys.grouping = round < 6 ? rvqkv::grouping_kind::strided : rvqkv::grouping_kind::contiguous;
+        // Depths that become smaller, as trained ones do: those in 8 bits are among them.
+        std::vector<float> weights = test::make_weights(random, keys.shape);
+        for (std::size_t i = 0; i < weights.size(); ++i) {
+            const std::size_t depth = i / (keys.shape.codewords * keys.shape.dim);
+            weights[i] *= std::pow(0.2F, static_cast<float>(depth));
+        }
+        config.keys = {rvqkv::make_codec<float>(keys, weights).value(), 1};
+        config.values = {test::random_codec(random, values), 1};
+        config.query_heads = 1 + round;
+        config.coding = round % 4 == 3 ? key_coding::as_given : key_coding::before_rope;
+        config.rope.pairs = static_cast<rvqkv::rope_pairs>(round / 4);  // interleaved ones in neighbouring groups
+        config.rope.attention_factor = round % 2 == 0 ? 1.0 : 1.3;
+        CAPTURE(round, static_cast<int>(config.coding));
+        test::layer_pages pages(config, 40 + round);
+        add_usual_runs(pages, 1000);
+        check_attention(pages, 2, 1000 + usual_tokens);
+        // Roundings are many and small: results are far closer than the worst that they may add up to.
+        const std::vector<float> queries = random_queries(pages, 1);
+        const auto expected = test::oracle_attention(pages, queries, 1, 1000 + usual_tokens, {});
+        const auto attention = rvqkv::layer_attention::create(config).value();
+        const result got = attend(attention, pages.runs(), queries, 1, 1000 + usual_tokens);
+        double error = 0.0;
+        double size = 0.0;
+        for (std::size_t i = 0; i < got.out.size(); ++i) {
+            error += std::pow(static_cast<double>(got.out[i]) - expected.out[i], 2.0);
+            size += std::pow(expected.out[i], 2.0);
+        }
+        CHECK(std::sqrt(error / size) <= 0.008);
+    }
+}

@@ -237,8 +237,9 @@ struct attention_answer {
     double table_score_tolerance = 0.0;  ///< Of `log_sum_exp`, likewise.
 };
 
-/// By how much a channel may be off that is reconstructed from a large codebook rounded to 16 bits, at a scale of 1.5,
-/// and the sum of each depth's largest weight.
+/// By how much a channel may be off that is reconstructed from a large codebook rounded to whole numbers, at a scale of
+/// 1.5, and the sum of each depth's largest weight. Where codewords are rounded to 8 bits as well, this is as much as
+/// they may lose in the mean (1/256 of root mean squares), four times over.
 struct codec_rounding {
     double channel = 0.0;
     double reach = 0.0;
@@ -256,7 +257,14 @@ struct codec_rounding {
         }
         rounding.reach += most;
     }
-    rounding.channel = 1.5 * 0.5 * static_cast<double>(codec.depths()) * rounding.reach / 32000.0;
+    rounding.channel = 1.5 * 0.5 * static_cast<double>(codec.depths()) * rounding.reach / 22000.0;
+    if (codec.shape().dim % 32 == 0) {
+        double squares = 0.0;
+        for (std::size_t i = 0; i < codec.depths() * depth_size; ++i) {
+            squares += std::pow(layer_pages::weight(codec, i), 2.0);
+        }
+        rounding.channel += 1.5 * 4.0 / 256.0 * std::sqrt(squares / static_cast<double>(depth_size));
+    }
     return rounding;
 }
 
@@ -380,18 +388,19 @@ struct codec_rounding {
     // roundings of the sum of magnitudes. The result moves by twice a score's error at most.
     answer.score_tolerance = 32.0 * 0x1p-24 * (1.0 + largest_product) +
                              (options.soft_cap > 0.0F ? static_cast<double>(options.soft_cap) * 0x1p-22 : 0.0);
-    // Large codebooks are read rounded: channel by channel, or as tables of up to two times a query's magnitude for
-    // each depth, added up with a step of 1/65000 of all ranges.
+    answer.tolerance = 2.0 * answer.score_tolerance * std::max(1.0, largest_value);
+    // Small tables: a weight is rounded to 1/255 of the largest of 64, a value to about 1 % of its deviation. Large
+    // codebooks: channel by channel, or as tables of up to two times a query's magnitude for each depth, added up with
+    // a step of 1/65000 of all ranges.
     const codec_rounding keys = rounding_of(*config.keys.codec);
     const double places = static_cast<double>(config.keys.codec->depths() * config.keys.codec->groups());
-    answer.score_tolerance +=
+    answer.table_score_tolerance =
+        answer.score_tolerance + table_error +
         largest_query * std::max(std::sqrt(2.0) * keys.channel, 1.5 * places * 0.5 * 2.0 * keys.reach / 65000.0);
-    const double values = rounding_of(*config.values.codec).channel;
-    answer.tolerance = values + 2.0 * answer.score_tolerance * std::max(1.0, largest_value);
-    // Small tables: a weight is rounded to 1/255 of the largest of sixteen, a value to about 1 % of its deviation.
-    answer.table_score_tolerance = answer.score_tolerance + table_error;
-    answer.table_tolerance = (config.values.codec->shape().codewords <= 256 ? 0.04 * largest_value : values) +
-                             2.0 * answer.table_score_tolerance * std::max(1.0, largest_value);
+    answer.table_tolerance =
+        (config.values.codec->shape().codewords <= 256 ? 0.04 * largest_value
+                                                       : rounding_of(*config.values.codec).channel) +
+        2.0 * answer.table_score_tolerance * std::max(1.0, largest_value);
     return answer;
 }
 

@@ -34,7 +34,7 @@ enum class code_reading {
     /// what
     /// they look up: the output is within 1 % of what `reconstructed` gives, and differs between SIMD levels.
     quickest,
-    /// As reconstruction gives them, up to the rounding of float32, and of large codebooks' weights to 16 bits.
+    /// As reconstruction gives them, up to the rounding of float32.
     reconstructed,
 };
 

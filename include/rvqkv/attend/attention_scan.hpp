@@ -14,6 +14,7 @@
 #include "rvqkv/attend/tile_reader.hpp"
 #include "rvqkv/attend/tile_rope.hpp"
 #include "rvqkv/attend/token_chunk.hpp"
+#include "rvqkv/attend/word_rows.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/tensor_view.hpp"
@@ -49,10 +50,13 @@ struct attention_parts {
     mean_bias bias;
     std::shared_ptr<const codec> key_codec;
     std::shared_ptr<const codec> value_codec;
+    // What serves always, and what is quicker but rounds; null where it cannot serve.
     std::unique_ptr<const tile_key_reader> key_tiles;
-    std::unique_ptr<const key_reader> key_tables;  ///< Null where tables cannot serve.
+    std::unique_ptr<const word_key_reader> key_words;
+    std::unique_ptr<const key_reader> key_tables;
     std::unique_ptr<const value_reader> value_tiles;
-    std::unique_ptr<const value_reader> value_tables;  ///< Null where tables cannot serve.
+    std::unique_ptr<const value_reader> value_words;
+    std::unique_ptr<const value_reader> value_tables;
 };
 
 /// What one call asks for.
@@ -103,12 +107,11 @@ public:
         for (std::byte*& cursor : cursors_) {
             cursor = dealer.take<std::byte>(tile_rope::cursor::scratch_bytes(pairs));
         }
-        key_scratch_ = dealer.take<std::byte>(
-            std::max(parts.key_tiles->scratch_bytes(rows),
-                     parts.key_tables == nullptr ? std::size_t{0} : parts.key_tables->scratch_bytes(rows)));
-        value_scratch_ = dealer.take<std::byte>(
-            std::max(parts.value_tiles->scratch_bytes(rows),
-                     parts.value_tables == nullptr ? std::size_t{0} : parts.value_tables->scratch_bytes(rows)));
+        const auto most_scratch = [&](const auto&... readers) {
+            return std::max({readers == nullptr ? std::size_t{0} : readers->scratch_bytes(rows)...});
+        };
+        key_scratch_ = dealer.take<std::byte>(most_scratch(parts.key_tiles, parts.key_words, parts.key_tables));
+        value_scratch_ = dealer.take<std::byte>(most_scratch(parts.value_tiles, parts.value_words, parts.value_tables));
     }
 
     /// Attention of rows [first_row, first_row + rows) of a head, results written.
@@ -169,12 +172,7 @@ private:
         is_first_ = true;
         base_ = no_base;
         keys_ = nullptr;
-        values_ = parts_.value_tiles.get();
-        const auto all = [](const page_run&) { return false; };
-        if (parts_.value_tables != nullptr && may_round() &&
-            parts_.value_tables->pays(rows_, chunk_.coded_tokens(0, all))) {
-            values_ = parts_.value_tables.get();
-        }
+        choose_values();
         values_->begin(rows_, value_scratch_);
     }
 
@@ -307,16 +305,21 @@ private:
         }
         if (parts_.coding == key_coding::before_rope) {
             tile_rope::cursor cursor(parts_.coded, cursors_[1]);
-            const auto turn = [&](std::size_t tile, std::size_t at, float* rows) {
-                parts_.coded.turn(rows, tile_decoder::part_rows, dim, at);
-                if (at == 0) {
-                    cursor.seek(positions[tile]);
-                    std::memcpy(turned_, grouped_, rows_ * dim * sizeof(float));
-                    cursor.turn_back(turned_, rows_, dim);
-                }
+            const auto queries = [&](std::size_t tile) {
+                cursor.seek(positions[tile]);
+                std::memcpy(turned_, grouped_, rows_ * dim * sizeof(float));
+                cursor.turn_back(turned_, rows_, dim);
                 return row_block<const float>{turned_, rows_, dim};
             };
-            parts_.key_tiles->scores(tiles, turn, out, stride_, key_scratch_);
+            const auto turn = [&](std::size_t tile, std::size_t at, float* rows) {
+                parts_.coded.turn(rows, tile_decoder::part_rows, dim, at);
+                return at == 0 ? queries(tile) : row_block<const float>{turned_, rows_, dim};
+            };
+            if (keys_ == parts_.key_words.get()) {
+                parts_.key_words->turned_scores(tiles, rows_, queries, out, stride_, key_scratch_);
+            } else {
+                parts_.key_tiles->scores(tiles, turn, out, stride_, key_scratch_);
+            }
         } else {
             keys_->scores(tiles, rows_, out, stride_, key_scratch_);
         }
@@ -326,13 +329,32 @@ private:
     }
 
     [[nodiscard]] bool may_round() const noexcept { return options().reading == code_reading::quickest; }
-    /// Tables, if enough tokens follow that they serve.
+    /// The quickest reader: tables, if enough tokens follow that they serve.
     void choose_keys(const chunk_piece& part) noexcept {
         keys_ = parts_.key_tiles.get();
+        if (!may_round()) {
+            return;
+        }
+        if (parts_.key_words != nullptr) {
+            keys_ = parts_.key_words.get();
+        }
         const auto other_base = [&](const page_run& run) { return base_of(run) != base_; };
-        if (parts_.key_tables != nullptr && may_round() && parts_.coding != key_coding::before_rope &&
+        if (parts_.key_tables != nullptr && parts_.coding != key_coding::before_rope &&
             parts_.key_tables->pays(rows_, chunk_.coded_tokens(chunk_.run_number(part), other_base))) {
             keys_ = parts_.key_tables.get();
+        }
+    }
+    void choose_values() noexcept {
+        values_ = parts_.value_tiles.get();
+        if (!may_round()) {
+            return;
+        }
+        if (parts_.value_words != nullptr) {
+            values_ = parts_.value_words.get();
+        }
+        const auto none = [](const page_run&) { return false; };
+        if (parts_.value_tables != nullptr && parts_.value_tables->pays(rows_, chunk_.coded_tokens(0, none))) {
+            values_ = parts_.value_tables.get();
         }
     }
 

@@ -8,6 +8,7 @@
 #include "rvqkv/attend/readers.hpp"
 #include "rvqkv/attend/tile_reader.hpp"
 #include "rvqkv/attend/token_chunk.hpp"
+#include "rvqkv/attend/word_rows.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
@@ -105,6 +106,7 @@ public:
             return weights.error();
         }
         made->weights_ = std::move(weights).value();
+        made->least_tokens_ = detail::word_decoder::supports(codec, kernels) ? 20480 : 4096;
         if (codec.weight_type() == dtype::float32) {
             made->interleave<std::uint32_t>();
         } else {
@@ -119,7 +121,7 @@ public:
     }
     [[nodiscard]] bool pays(std::size_t rows, std::size_t tokens) const noexcept override {
         // Making tables costs as much as some thousand tokens, and four queries share one.
-        return rows <= 8 && tokens >= 4096;
+        return rows <= 8 && tokens >= least_tokens_;
     }
 
     void prepare(row_block<const float> queries, std::byte* memory) const noexcept override {
@@ -296,6 +298,7 @@ private:
 
     detail::large_tables tables_;
     aligned_buffer<std::byte> weights_;  // [depths, blocks, dim, 16], as the codec stores them
+    std::size_t least_tokens_ = 4096;    // from which on this is quicker than reconstruction
 };
 
 /// Sums of values through bins: every codeword gathers the weights of the tokens that have it, and in the end the

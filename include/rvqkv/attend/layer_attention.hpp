@@ -11,6 +11,7 @@
 #include "rvqkv/attend/small_readers.hpp"
 #include "rvqkv/attend/tile_reader.hpp"
 #include "rvqkv/attend/tile_rope.hpp"
+#include "rvqkv/attend/word_rows.hpp"
 #include "rvqkv/core/aligned_buffer.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
@@ -84,15 +85,8 @@ public:
             return bias.error();
         }
         std::copy(config.key_mean.begin(), config.key_mean.end(), parts.mean.data());
-        auto key_tiles = tile_decoder::create(parts.key_codec, kernels);
-        auto value_tiles = tile_decoder::create(parts.value_codec, kernels);
-        if (!key_tiles || !value_tiles) {
-            return error{error_code::out_of_memory, "out of memory"};
-        }
-        parts.key_tiles.reset(new (std::nothrow) tile_key_reader(std::move(key_tiles).value()));
-        parts.value_tiles.reset(new (std::nothrow) tile_value_reader(std::move(value_tiles).value()));
-        if (parts.key_tiles == nullptr || parts.value_tiles == nullptr) {
-            return error{error_code::out_of_memory, "out of memory"};
+        if (status wrong = made.make_readers(); !wrong) {
+            return wrong.error();
         }
         if (status wrong = made.make_tables(); !wrong) {
             return wrong.error();
@@ -108,8 +102,8 @@ public:
     [[nodiscard]] std::size_t bytes() const noexcept {
         const auto held = [](const auto& part) { return part == nullptr ? std::size_t{0} : part->bytes(); };
         return parts_.rope.bytes() + parts_.plain.bytes() + parts_.coded.bytes() + parts_.mean.bytes() +
-               parts_.bias.bytes() + held(parts_.key_tiles) + held(parts_.key_tables) + held(parts_.value_tiles) +
-               held(parts_.value_tables);
+               parts_.bias.bytes() + held(parts_.key_tiles) + held(parts_.key_words) + held(parts_.key_tables) +
+               held(parts_.value_tiles) + held(parts_.value_words) + held(parts_.value_tables);
     }
 
     /// Makes room in a workspace for calls of up to so many query tokens by so many workers, which then allocate
@@ -158,6 +152,15 @@ public:
 private:
     layer_attention() = default;
 
+    [[nodiscard]] static error out_of_memory() { return {error_code::out_of_memory, "out of memory"}; }
+
+    /// Whether there was memory for it.
+    template <class Reader, class Base, class... Arguments>
+    [[nodiscard]] static bool make(std::unique_ptr<const Base>& to, Arguments&&... arguments) {
+        to.reset(new (std::nothrow) Reader(std::forward<Arguments>(arguments)...));
+        return to != nullptr;
+    }
+
     [[nodiscard]] status make_rope(const kv_layer_config& config) {
         if (config.coding == key_coding::as_given) {
             return {};
@@ -174,11 +177,44 @@ private:
         auto plain = tile_rope::create(turned.value(), order.value().span(), *parts_.kernels);
         auto coded = tile_rope::create(turned.value(), parts_.key_codec->channel_order(), *parts_.kernels);
         if (!plain || !coded) {
-            return error{error_code::out_of_memory, "out of memory"};
+            return out_of_memory();
         }
         parts_.rope = std::move(turned).value();
         parts_.plain = std::move(plain).value();
         parts_.coded = std::move(coded).value();
+        return {};
+    }
+
+    /// What reads every codec, and large codebooks by rows of whole numbers.
+    [[nodiscard]] status make_readers() {
+        const kernel_table& kernels = *parts_.kernels;
+        if (!make<tile_key_reader>(parts_.key_tiles, tile_decoder(parts_.key_codec, kernels)) ||
+            !make<tile_value_reader>(parts_.value_tiles, tile_decoder(parts_.value_codec, kernels))) {
+            return out_of_memory();
+        }
+        if (detail::word_decoder::supports(*parts_.key_codec, kernels)) {
+            detail::word_turn turn;
+            const bool turns = parts_.coding == key_coding::before_rope;
+            if (turns) {
+                auto made = detail::word_turn::create(parts_.coded, parts_.key_dim, parts_.rope.attention_factor());
+                if (!made) {
+                    return made.error();
+                }
+                turn = std::move(made).value();
+            }
+            if (!turns || turn.serves) {
+                auto decoder = detail::word_decoder::create(parts_.key_codec, kernels);
+                if (!decoder || !make<word_key_reader>(parts_.key_words, std::move(decoder).value(), std::move(turn))) {
+                    return out_of_memory();
+                }
+            }
+        }
+        if (detail::word_decoder::supports(*parts_.value_codec, kernels)) {
+            auto decoder = detail::word_decoder::create(parts_.value_codec, kernels);
+            if (!decoder || !make<word_value_reader>(parts_.value_words, std::move(decoder).value())) {
+                return out_of_memory();
+            }
+        }
         return {};
     }
 
@@ -206,10 +242,9 @@ private:
             parts_.key_tables = std::move(tables).value();
             parts_.chunk_tokens = large_chunk_tokens;
         }
-        if (large_value_tables::supports(parts_.value_codec->shape())) {
-            parts_.value_tables.reset(new (std::nothrow) large_value_tables(parts_.value_codec, *parts_.kernels));
-            if (parts_.value_tables == nullptr) {
-                return error{error_code::out_of_memory, "out of memory"};
+        if (large_value_tables::supports(parts_.value_codec->shape()) && parts_.value_words == nullptr) {
+            if (!make<large_value_tables>(parts_.value_tables, parts_.value_codec, *parts_.kernels)) {
+                return out_of_memory();
             }
             parts_.chunk_tokens = large_chunk_tokens;
         }

@@ -24,44 +24,23 @@
 RVQKV_NAMESPACE_BEGIN
 
 /// Unpacks and decodes tiles of one codec.
-/// Numerics: float32 sums of codewords; for codebooks too large for the nearest caches, of codewords rounded to 16
-/// bits,
-///           by 1/65534 of the range that a sum can have.
+/// Numerics: float32 sums of codewords, as `codec::decode` gives them.
 class tile_decoder {
 public:
     /// Rows that are decoded at a time: they stay in the nearest cache.
     static constexpr std::size_t part_rows = 16;
 
-    /// Errors: `out_of_memory`.
-    [[nodiscard]] static result<tile_decoder> create(std::shared_ptr<const codec> source, const kernel_table& kernels) {
-        tile_decoder made;
-        made.codec_ = std::move(source);
-        made.kernels_ = &kernels;
-        if (made.codec_->shape().codewords > most_exact_codewords) {
-            auto words = aligned_buffer<std::int16_t>::allocate(made.codec_->shape().size());
-            if (!words) {
-                return words.error();
-            }
-            made.words_ = std::move(words).value();
-            made.round_weights();
-        }
-        return made;
-    }
+    tile_decoder(std::shared_ptr<const codec> source, const kernel_table& kernels) noexcept
+        : codec_(std::move(source)), kernels_(&kernels) {}
 
     [[nodiscard]] const codec& source() const noexcept { return *codec_; }
     [[nodiscard]] const kernel_table& kernels() const noexcept { return *kernels_; }
-    [[nodiscard]] std::size_t bytes() const noexcept { return words_.bytes(); }
     /// Codes of a tile: `[group, depth, tile_tokens]`.
     [[nodiscard]] std::size_t code_count() const noexcept { return codec_->groups() * codec_->depths() * tile_tokens; }
 
     /// What rows of tile `tile` are to be multiplied by, `[tile_tokens]`.
     void scales(const coded_tiles& tiles, std::size_t tile, float* out) const noexcept {
         load_scales(tiles, tile, *kernels_, out);
-        if (words_.size() != 0) {
-            for (std::size_t i = 0; i < tile_tokens; ++i) {
-                out[i] *= step_;
-            }
-        }
     }
     /// The stored scales, `[tile_tokens]`; 1 where there are none.
     static void load_scales(const coded_tiles& tiles, std::size_t tile, const kernel_table& kernels,
@@ -105,8 +84,9 @@ public:
     }
 
     /// Fetches a part of the codes of the tile behind tile `tile` from memory: all of them, in the course of decoding
-    /// one.
-    void prefetch(const coded_tiles& tiles, std::size_t tile, std::size_t first) const noexcept {
+    /// one. Inlined always: GCC 12 takes a function that only prefetches for one that does nothing, and drops its
+    /// calls.
+    RVQKV_ALWAYS_INLINE void prefetch(const coded_tiles& tiles, std::size_t tile, std::size_t first) const noexcept {
         if (tile + 1 >= tiles.tiles.count + tiles.tiles.ahead) {
             return;
         }
@@ -129,11 +109,6 @@ public:
         const codebook_shape& shape = codec_->shape();
         for (std::size_t group = 0; group < codec_->groups(); ++group, out += shape.dim) {
             const code_t* const from = codes + group * depths * tile_tokens + first;
-            if (words_.size() != 0 && depths != 0) {
-                kernels_->attention.decode_words(out, part_rows, codec_->head_dim(), words_.data(), shape.codewords,
-                                                 shape.dim, from, tile_tokens, depths);
-                continue;
-            }
             switch (codec_->weight_type()) {
                 case dtype::float32: decode_as<float>(out, from, depths); break;
                 case dtype::float16: decode_as<float16>(out, from, depths); break;
@@ -143,11 +118,6 @@ public:
     }
 
 private:
-    /// Codewords up to which the weights themselves are read.
-    static constexpr std::size_t most_exact_codewords = 256;
-
-    tile_decoder() = default;
-
     template <class Weight>
     [[nodiscard]] const Weight* weights() const noexcept {
         return static_cast<const Weight*>(static_cast<const void*>(codec_->weights().data()));
@@ -159,37 +129,8 @@ private:
                                            shape.dim, codes, {1, tile_tokens}, depths);
     }
 
-    /// One step for all weights, such that no sum over the depths exceeds 16 bits.
-    void round_weights() noexcept {
-        switch (codec_->weight_type()) {
-            case dtype::float32: return round_weights_of<float>();
-            case dtype::float16: return round_weights_of<float16>();
-            case dtype::bfloat16: return round_weights_of<bfloat16>();
-        }
-    }
-    template <class Weight>
-    void round_weights_of() noexcept {
-        const codebook_shape& shape = codec_->shape();
-        const std::size_t depth_size = shape.codewords * shape.dim;
-        float reach = 0.0F;
-        for (std::size_t depth = 0; depth < shape.depths; ++depth) {
-            float most = 0.0F;
-            for (std::size_t i = 0; i < depth_size; ++i) {
-                most = std::max(most, std::fabs(to_float(weights<Weight>()[depth * depth_size + i])));
-            }
-            reach += most;
-        }
-        const float most_sum = 32767.0F - static_cast<float>(shape.depths);  // each is rounded up by a half at most
-        step_ = reach > 0.0F ? reach / most_sum : 1.0F;
-        for (std::size_t i = 0; i < words_.size(); ++i) {
-            words_[i] = static_cast<std::int16_t>(std::lrint(to_float(weights<Weight>()[i]) / step_));
-        }
-    }
-
     std::shared_ptr<const codec> codec_;
     const kernel_table* kernels_ = nullptr;
-    aligned_buffer<std::int16_t> words_;  // weights / step_, `[depths, codewords, dim]`; or empty
-    float step_ = 1.0F;
 };
 
 /// Scores of reconstructed keys.
@@ -197,7 +138,7 @@ class tile_key_reader final : public key_reader {
 public:
     explicit tile_key_reader(tile_decoder decoder) noexcept : decoder_(std::move(decoder)) {}
     [[nodiscard]] const tile_decoder& decoder() const noexcept { return decoder_; }
-    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this) + decoder_.bytes(); }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t /*rows*/) const noexcept override {
         return 64 + (tile_tokens + tile_decoder::part_rows * decoder_.source().head_dim()) * sizeof(float) +
                decoder_.code_count() * sizeof(code_t);
@@ -248,7 +189,7 @@ private:
 class tile_value_reader final : public value_reader {
 public:
     explicit tile_value_reader(tile_decoder decoder) noexcept : decoder_(std::move(decoder)) {}
-    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this) + decoder_.bytes(); }
+    [[nodiscard]] std::size_t bytes() const noexcept override { return sizeof(*this); }
     [[nodiscard]] std::size_t scratch_bytes(std::size_t rows) const noexcept override {
         return ((rows + tile_decoder::part_rows) * head_dim() + (1 + rows) * tile_tokens) * sizeof(float) +
                decoder_.code_count() * sizeof(code_t);

@@ -6,7 +6,7 @@
 //   store_sums(pointer, four): the sums of four registers
 //   query_side, value_queries, value_side: queries of a tile of scores, and of sums; registers of a strip of sums
 //   unpack_tile
-//   halves, low_half, high_half; with `has_words`: add_words, store_words
+//   halves, low_half, high_half
 
 /// Both numbers of `lanes` pairs. The sine is negated, not the product: exact either way, and one step less.
 inline void turn_pair(reg& a, reg& b, reg cosine, reg sine) {
@@ -348,7 +348,6 @@ inline constexpr attention_kernels attention = {
     unpack_sums,
     add_entries,
     add_weights,
-    decode_words<std::int16_t>,
     {scores<float>, add_rows<float>, products<float>},
     {scores<float16>, add_rows<float16>, products<float16>},
     {scores<bfloat16>, add_rows<bfloat16>, products<bfloat16>},

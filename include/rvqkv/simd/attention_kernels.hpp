@@ -87,11 +87,6 @@ struct attention_kernels {
                         const std::uint64_t* second_entries, std::uint64_t* sums);
     /// `bins[code of token t] += weights[t]`.
     void (*add_weights)(const code_rows& codes, const float4* weights, float4* bins);
-    /// Rows of int16 codewords added up, as floats; see `kernel_table::weight_kernels::decode`. `depths` is not 0, the
-    /// vectors' codes stand side by side, and no sum exceeds 16 bits.
-    void (*decode_words)(float* x, std::size_t rows, std::size_t stride, const std::int16_t* weights,
-                         std::size_t codewords, std::size_t dim, const code_t* codes, std::size_t depth_step,
-                         std::size_t depths);
 
     /// The loops over rows of keys and values.
     template <class T>

@@ -243,7 +243,6 @@ inline __m128i sum_each(const ireg* four) {
 
 // What follows is for attention (`attention.inl`).
 
-inline constexpr bool has_words = true;
 inline constexpr int product_side = 4;
 inline constexpr int query_side = 2;
 inline constexpr int value_queries = 4;
@@ -257,14 +256,6 @@ inline reg4 sums_of(const reg* four) {
 }
 inline void store_sums(float* to, const reg* four) {
     store(to, sums_of(four));
-}
-inline ireg add_words(ireg a, ireg b) {
-    return _mm256_add_epi16(a, b);
-}
-/// Words as floats, `2 * lanes` of them.
-inline void store_words(float* to, ireg value) {
-    store(to, to_floats(_mm256_cvtepi16_epi32(_mm256_castsi256_si128(value))));
-    store(to + lanes, to_floats(_mm256_cvtepi16_epi32(_mm256_extracti128_si256(value, 1))));
 }
 /// Whole numbers up to 65535 as the lower and upper half of 32 bits, and back.
 inline reg halves(reg low, reg high) {
@@ -326,6 +317,7 @@ inline void join(float* to, reg even, reg odd) {
     store(to + lanes, _mm256_permute2f128_ps(low, high, 0x31));
 }
 using generic::small_scan;
+inline constexpr const word_row_kernels* word_rows = nullptr;
 
 #include "rvqkv/simd/kernels.inl"
 

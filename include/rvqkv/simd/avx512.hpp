@@ -7,6 +7,7 @@
 #include "rvqkv/simd/avx2.hpp"
 #include "rvqkv/simd/generic.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
+#include "rvqkv/simd/word_rows.hpp"
 
 #if RVQKV_X86
 
@@ -246,7 +247,6 @@ inline __m128i sum_each(const ireg* four) {
 
 // What follows is for attention (`attention.inl`).
 
-inline constexpr bool has_words = true;
 inline constexpr int product_side = 16;
 inline constexpr int query_side = 4;
 inline constexpr int value_queries = 4;
@@ -286,14 +286,6 @@ inline void store_sums(float* to, const reg* four) {
     }
     store(to, avx2::sums_of(halves));
 }
-inline ireg add_words(ireg a, ireg b) {
-    return _mm512_add_epi16(a, b);
-}
-/// Words as floats, `2 * lanes` of them.
-inline void store_words(float* to, ireg value) {
-    store(to, to_floats(_mm512_maskz_cvtepi16_epi32(all, _mm512_maskz_extracti32x8_epi32(0xff, value, 0))));
-    store(to + lanes, to_floats(_mm512_maskz_cvtepi16_epi32(all, _mm512_maskz_extracti32x8_epi32(0xff, value, 1))));
-}
 /// Whole numbers up to 65535 as the lower and upper half of 32 bits, and back.
 inline reg halves(reg low, reg high) {
     return as_floats(_mm512_or_si512(to_integers(low), _mm512_maskz_slli_epi32(all, to_integers(high), 16)));
@@ -321,6 +313,14 @@ inline void join(float* to, reg even, reg odd) {
     store(to + lanes, _mm512_permutex2var_ps(even, _mm512_add_epi32(places, _mm512_set1_epi32(8)), odd));
 }
 using generic::small_scan;
+
+namespace words {
+inline void add_pairs(ireg& sums, ireg a, ireg b) {
+    sums = add(sums, _mm512_madd_epi16(a, b));
+}
+#include "rvqkv/simd/word_rows.inl"
+}  // namespace words
+inline constexpr const word_row_kernels* word_rows = &words::word_loops;
 
 #include "rvqkv/simd/kernels.inl"
 

@@ -7,6 +7,7 @@
 #include "rvqkv/simd/avx512vnni.hpp"
 #include "rvqkv/simd/kernel_table.hpp"
 #include "rvqkv/simd/small_scan.hpp"
+#include "rvqkv/simd/word_rows.hpp"
 
 #if RVQKV_X86
 
@@ -173,10 +174,22 @@ struct small_table<256> {
 
 #include "rvqkv/simd/small_scan.inl"
 
+namespace words {
+inline void add_pairs(ireg& sums, ireg a, ireg b) {
+#if defined(__clang__)
+    sums = _mm512_dpwssd_epi32(sums, a, b);
+#else
+    __asm__("vpdpwssd %2, %1, %0" : "+v"(sums) : "v"(a), "v"(b));
+#endif
+}
+#include "rvqkv/simd/word_rows.inl"
+}  // namespace words
+
 inline constexpr kernel_table kernels = [] {
     kernel_table table = vnni::kernels;
     table.level = simd_level::avx512vbmi;
     table.small_scan = &small_scan;
+    table.word_rows = &words::word_loops;
     return table;
 }();
 

@@ -181,7 +181,6 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
 
 // What follows is for attention (`attention.inl`).
 
-inline constexpr bool has_words = false;
 inline constexpr int product_side = 1;
 inline constexpr int query_side = 1;
 inline constexpr int value_queries = 1;
@@ -420,6 +419,8 @@ struct small_table {
 };
 
 #include "rvqkv/simd/small_scan.inl"
+
+inline constexpr const word_row_kernels* word_rows = nullptr;
 
 #include "rvqkv/simd/kernels.inl"
 

@@ -10,6 +10,7 @@
 #include "rvqkv/core/simd_level.hpp"
 #include "rvqkv/simd/attention_kernels.hpp"
 #include "rvqkv/simd/small_scan.hpp"
+#include "rvqkv/simd/word_rows.hpp"
 
 #include <cstddef>
 #include <cstdint>
@@ -118,6 +119,8 @@ struct kernel_table {
     attention_kernels attention;
     /// Attention by small tables.
     const small_scan_kernels* small_scan;
+    /// Attention on rows of 16-bit numbers; null at levels without.
+    const word_row_kernels* word_rows;
 
     /// The loops for one weight type.
     template <class Weight>

@@ -8,6 +8,7 @@
 //   transpose: turns four channels of `lanes` rows on their side
 //   tile_side, tile_sums: a tile of the search is at most that wide, and keeps at most that many registers of sums
 //   small_scan: its scans by small tables, or the portable ones
+//   word_rows: its loops over rows of 16-bit numbers, or null
 //   several.inl uses greater, select, bits, tile_rows and tile_registers besides
 // No include guard: that is the point.
 
@@ -61,4 +62,5 @@ inline constexpr kernel_table kernels = {
     convert<float, bfloat16>,
     attention,
     &small_scan,
+    word_rows,
 };

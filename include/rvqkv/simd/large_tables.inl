@@ -120,25 +120,24 @@ inline void unpack_sums(const std::uint64_t* sums, std::size_t count, std::size_
     }
 }
 
-/// Calls `body(i, code of token i)` for eight tokens, whose codes are `Bits` bytes.
-template <unsigned Bits, class Body>
-RVQKV_ALWAYS_INLINE void for_eight_codes(const std::byte* packed, Body&& body) {
+/// Eight tokens' codes of `Bits` bits, which fill as many bytes.
+template <unsigned Bits>
+class eight_codes {
+public:
     static_assert(Bits >= 8 && Bits <= 16);
-    std::uint64_t first = 0;
-    std::uint64_t second = 0;
-    __builtin_memcpy(&first, packed, 8);
-    __builtin_memcpy(&second, packed + Bits - 8, 8);  // ends where the codes end
-    second >>= 64U - 4U * Bits;
-    constexpr std::uint64_t ones = (std::uint64_t{1} << Bits) - 1U;
-    body(std::size_t{0}, first & ones);
-    body(std::size_t{1}, (first >> Bits) & ones);
-    body(std::size_t{2}, (first >> 2U * Bits) & ones);
-    body(std::size_t{3}, (first >> 3U * Bits) & ones);
-    body(std::size_t{4}, second & ones);
-    body(std::size_t{5}, (second >> Bits) & ones);
-    body(std::size_t{6}, (second >> 2U * Bits) & ones);
-    body(std::size_t{7}, second >> 3U * Bits);
-}
+    RVQKV_ALWAYS_INLINE explicit eight_codes(const std::byte* packed) {
+        __builtin_memcpy(&first_, packed, 8);
+        __builtin_memcpy(&second_, packed + Bits - 8, 8);  // ends where the codes end
+    }
+    RVQKV_ALWAYS_INLINE std::uint64_t operator[](unsigned i) const {
+        constexpr std::uint64_t ones = (std::uint64_t{1} << Bits) - 1U;
+        return i < 4 ? (first_ >> i * Bits) & ones : (second_ >> (64U - (8U - i) * Bits)) & ones;
+    }
+
+private:
+    std::uint64_t first_ = 0;
+    std::uint64_t second_ = 0;
+};
 /// `body(bits)` with the number of bits known at compile time.
 template <class Body>
 inline void with_bits(unsigned bits, Body&& body) {
@@ -151,30 +150,41 @@ inline void with_bits(unsigned bits, Body&& body) {
         default: break;
     }
 }
-/// Fetches the tile's part of the row that is read next.
-inline void prefetch_codes(const code_rows& rows, std::size_t tile) {
-    const std::byte* const codes = rows.tiles[tile] + rows.next;
-    __builtin_prefetch(codes);
-    __builtin_prefetch(codes + 8 * rows.bits - 1);
+/// Fetches codes: those of the row that is read next into the second cache, which keeps them while this row's tables
+/// fill the first; and into the first, from there, those of a tile that is soon due.
+RVQKV_ALWAYS_INLINE void prefetch_codes(const code_rows& rows, std::size_t tile) {
+    constexpr std::size_t ahead = 6;
+    const std::size_t middle = 4 * rows.bits;
+    const std::size_t last = 8 * rows.bits - 1;
+    const std::byte* const later = rows.tiles[tile] + rows.next;
+    __builtin_prefetch(later, 0, 2);
+    __builtin_prefetch(later + middle, 0, 2);
+    __builtin_prefetch(later + last, 0, 2);
+    if (tile + ahead < rows.count) {
+        const std::byte* const soon = rows.tiles[tile + ahead] + rows.row;
+        __builtin_prefetch(soon);
+        __builtin_prefetch(soon + middle);
+        __builtin_prefetch(soon + last);
+    }
 }
 
 inline void add_entries(const code_rows& first, const std::uint64_t* first_entries, const code_rows& second,
                         const std::uint64_t* second_entries, std::uint64_t* sums) {
     with_bits(first.bits, [&](auto bits) {
         for (std::size_t tile = 0; tile < first.count; ++tile) {
-            const std::byte* codes = first.tiles[tile] + first.row;
-            const std::byte* more_codes = second.tiles[tile] + second.row;
+            const std::byte* packed = first.tiles[tile] + first.row;
+            const std::byte* more_packed = second.tiles[tile] + second.row;
             prefetch_codes(first, tile);
             prefetch_codes(second, tile);
             for (std::size_t eight = 0; eight < tile_tokens / 8; ++eight) {
-                std::uint64_t entries[8];
-                for_eight_codes<bits>(codes,
-                                      [&](std::size_t i, std::uint64_t code) { entries[i] = first_entries[code]; });
-                for_eight_codes<bits>(more_codes, [&](std::size_t i, std::uint64_t code) {
-                    sums[i] += entries[i] + second_entries[code];
-                });
-                codes += bits;
-                more_codes += bits;
+                const eight_codes<bits> codes(packed);
+                const eight_codes<bits> more_codes(more_packed);
+                RVQKV_UNROLL
+                for (unsigned i = 0; i < 8; ++i) {
+                    sums[i] += first_entries[codes[i]] + second_entries[more_codes[i]];
+                }
+                packed += bits;
+                more_packed += bits;
                 sums += 8;
             }
         }
@@ -184,91 +194,15 @@ inline void add_entries(const code_rows& first, const std::uint64_t* first_entri
 inline void add_weights(const code_rows& rows, const float4* weights, float4* bins) {
     with_bits(rows.bits, [&](auto bits) {
         for (std::size_t tile = 0; tile < rows.count; ++tile) {
-            const std::byte* codes = rows.tiles[tile] + rows.row;
+            const std::byte* packed = rows.tiles[tile] + rows.row;
             prefetch_codes(rows, tile);
-            for (std::size_t eight = 0; eight < tile_tokens / 8; ++eight, codes += bits, weights += 8) {
-                for_eight_codes<bits>(codes, [&](std::size_t i, std::uint64_t code) { bins[code] += weights[i]; });
+            for (std::size_t eight = 0; eight < tile_tokens / 8; ++eight, packed += bits, weights += 8) {
+                const eight_codes<bits> codes(packed);
+                RVQKV_UNROLL
+                for (unsigned i = 0; i < 8; ++i) {
+                    bins[codes[i]] += weights[i];
+                }
             }
         }
     });
-}
-
-/// `Rows` rows of `Registers` registers. A template in the type as well, for levels without such registers.
-template <int Rows, int Registers, class Word, class Dim>
-RVQKV_ALWAYS_INLINE void decode_words_tile(float* x, std::size_t stride, const Word* weights, std::size_t depth_size,
-                                           Dim dim, const code_t* codes, std::size_t depth_step, std::size_t depths) {
-    constexpr std::size_t width = 2 * lanes;
-    decltype(load(weights)) sums[Rows][Registers];
-    RVQKV_UNROLL
-    for (int row = 0; row < Rows; ++row) {
-        RVQKV_UNROLL
-        for (int w = 0; w < Registers; ++w) {
-            sums[row][w] = load(weights + codes[row] * dim + static_cast<std::size_t>(w) * width);
-        }
-    }
-    for (std::size_t depth = 1; depth < depths; ++depth) {
-        weights += depth_size;
-        codes += depth_step;
-        RVQKV_UNROLL
-        for (int row = 0; row < Rows; ++row) {
-            RVQKV_UNROLL
-            for (int w = 0; w < Registers; ++w) {
-                const auto codeword = load(weights + codes[row] * dim + static_cast<std::size_t>(w) * width);
-                sums[row][w] = add_words(sums[row][w], codeword);
-            }
-        }
-    }
-    RVQKV_UNROLL
-    for (int row = 0; row < Rows; ++row) {
-        RVQKV_UNROLL
-        for (int w = 0; w < Registers; ++w) {
-            store_words(x + static_cast<std::size_t>(row) * stride + static_cast<std::size_t>(w) * width, sums[row][w]);
-        }
-    }
-}
-template <int Registers, class Word, class Dim>
-inline void decode_words_strip(float* x, std::size_t rows, std::size_t stride, const Word* weights,
-                               std::size_t depth_size, Dim dim, const code_t* codes, std::size_t depth_step,
-                               std::size_t depths) {
-    constexpr int at_once = 8 / Registers;
-    std::size_t row = 0;
-    for (; row + at_once <= rows; row += at_once) {
-        decode_words_tile<at_once, Registers>(x + row * stride, stride, weights, depth_size, dim, codes + row,
-                                              depth_step, depths);
-    }
-    for (; row < rows; ++row) {
-        decode_words_tile<1, Registers>(x + row * stride, stride, weights, depth_size, dim, codes + row, depth_step,
-                                        depths);
-    }
-}
-template <class Word>
-inline void decode_words(float* x, std::size_t rows, std::size_t stride, const Word* weights, std::size_t codewords,
-                         std::size_t dim, const code_t* codes, std::size_t depth_step, std::size_t depths) {
-    std::size_t j = 0;
-    if constexpr (has_words) {
-        constexpr std::size_t width = 2 * lanes;
-        const auto strips = [&](auto registers) {
-            for (; j + registers * width <= dim; j += registers * width) {
-                if (dim == registers * width) {
-                    decode_words_strip<registers>(x, rows, stride, weights, codewords * dim,
-                                                  std::integral_constant<std::size_t, registers * width>(), codes,
-                                                  depth_step, depths);
-                } else {
-                    decode_words_strip<registers>(x + j, rows, stride, weights + j, codewords * dim, dim, codes,
-                                                  depth_step, depths);
-                }
-            }
-        };
-        strips(std::integral_constant<int, 2>());
-        strips(std::integral_constant<int, 1>());
-    }
-    for (std::size_t row = 0; row < rows; ++row) {
-        for (std::size_t tail = j; tail < dim; ++tail) {
-            int sum = 0;
-            for (std::size_t depth = 0; depth < depths; ++depth) {
-                sum += weights[(depth * codewords + codes[depth * depth_step + row]) * dim + tail];
-            }
-            x[row * stride + tail] = static_cast<float>(sum);
-        }
-    }
 }

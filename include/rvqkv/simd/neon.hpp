@@ -118,7 +118,6 @@ inline void transpose(const float* from, std::size_t stride, float* to, std::siz
 
 // What follows is for attention (`attention.inl`).
 
-inline constexpr bool has_words = false;
 inline constexpr int product_side = 4;
 inline constexpr int query_side = 4;
 inline constexpr int value_queries = 4;
@@ -180,6 +179,7 @@ inline Reg load_as(const T* from) {
 inline constexpr bool has_lookup = false;
 
 using generic::small_scan;
+inline constexpr const word_row_kernels* word_rows = nullptr;
 
 #include "rvqkv/simd/kernels.inl"
 
