@@ -4,7 +4,8 @@
 # every configuration, plus one for each build and each other check.
 #
 #   tests/run.sh         everything: formatting, GCC, Clang, sanitizers, aarch64, clang-tidy, documentation
-#   tests/run.sh TAG     only the tests that carry the tag (golden, slow, files, ...), built once with GCC
+#   tests/run.sh TAG     only the tests that carry the tag (golden, slow, files, ...), built once with GCC; `fault`
+#                        (memory that runs out, damaged files) with Clang and the address sanitizer
 #
 # RVQKV_GOLDEN_DIR    folder of golden files instead of tests/golden
 # RVQKV_TEST_SEED     seed of the random inputs
@@ -149,15 +150,20 @@ use_ccache() {
 known_tags() { grep -ohE '"(\[[a-z_]+\])+"' tests/test_*.cpp | grep -oE '\[[^]]+\]' | sort -u; }
 
 run_tag() {
-    local tag=$1 program="$build/tag-$1/tests/rvqkv_tests" log="$logs/$1.log" status good bad
+    local tag=$1 program="$build/tag-$1/tests/rvqkv_tests" log="$logs/$1.log" preset=dev-gcc status good bad
+    local packages=("${base_packages[@]}")
+    if [ "$tag" = fault ]; then  # whatever fails must leak nothing
+        preset=asan-ubsan
+        packages+=(clang libclang-rt-dev)
+    fi
     if ! known_tags | grep -qxF "[$tag]"; then
         echo "no test carries the tag [$tag]; there are:" $(known_tags)
         failed=1
         close
     fi
-    check install install_packages "${base_packages[@]}" || close
+    check install install_packages "${packages[@]}" || close
     use_ccache
-    check build configure_and_build dev-gcc rvqkv_tests "tag-$tag" -DRVQKV_TEST_TAGS="$tag" \
+    check build configure_and_build $preset rvqkv_tests "tag-$tag" -DRVQKV_TEST_TAGS="$tag" \
         -DRVQKV_BUILD_BENCHMARKS=OFF -DRVQKV_BUILD_EXAMPLES=OFF || close
     passed=0  # from here on only tests count
     "$program" "[$tag]" 2>&1 | tee "$log"
