@@ -12,6 +12,7 @@
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/simd/kernels.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -31,8 +32,10 @@ public:
     [[nodiscard]] static result<mean_bias> create(const rope& source, const kernel_table& kernels) {
         mean_bias made;
         made.kernels_ = &kernels;
-        made.shape_.fast = fast_pairs(source);
+        const std::size_t fast = pairs_above(source, most_angle);
+        made.shape_.fast = source.pairs() - fast <= turning_pairs::terms ? source.pairs() : fast;  // if it pays
         made.shape_.slow = source.pairs() - made.shape_.fast;
+        made.shape_.slowest = std::min(made.shape_.slow, source.pairs() - pairs_above(source, most_angle_of_few));
         auto middles = aligned_buffer<float>::allocate(source.pairs() * 2 * turning_pairs::span);
         auto functions = aligned_buffer<float>::allocate(made.shape_.columns() * tile_tokens);
         auto series = aligned_buffer<float>::allocate(made.shape_.slow * 2 * turning_pairs::terms);
@@ -94,7 +97,10 @@ public:
     /// tiles' first tokens.
     void add(const std::int64_t* positions, std::size_t tiles, std::size_t rows, float* out, std::size_t out_stride,
              scratch& with) const noexcept {
-        const turning_pairs table = {shape_.fast, shape_.slow, middles_.data(), functions_.data(), series_.data()};
+        turning_pairs table = shape_;
+        table.middles = middles_.data();
+        table.functions = functions_.data();
+        table.series = series_.data();
         const channel_pairs places = {0, pairs(), 1, pairs(), 0};
         for (std::size_t tile = 0; tile < tiles;) {
             const std::size_t count = neighbours(positions + tile, tiles - tile);
@@ -110,9 +116,10 @@ public:
     }
 
 private:
-    /// How far (in radians, from the middle of a tile) pairs may turn for the polynomial: its next term is
-    /// 2 * 1.3^12 / 12! then.
+    /// How far (in radians, from the middle of a tile) pairs may turn for polynomials of so many terms: the next one
+    /// is 2 * (angle / 2)^terms / terms! then, 10^-7.
     static constexpr double most_angle = 2.6;
+    static constexpr double most_angle_of_few = 0.36;
     static constexpr std::size_t half = tile_tokens / 2;
 
     [[nodiscard]] std::size_t pairs() const noexcept { return shape_.pairs(); }
@@ -136,15 +143,15 @@ private:
         with.cursor.seek(position);
     }
 
-    /// Pairs before the slow ones, which a polynomial must be worth.
-    [[nodiscard]] static std::size_t fast_pairs(const rope& source) noexcept {
-        std::size_t fast = 0;
+    /// Pairs up to the last that turns further.
+    [[nodiscard]] static std::size_t pairs_above(const rope& source, double angle) noexcept {
+        std::size_t above = 0;
         for (std::size_t pair = 0; pair < source.pairs(); ++pair) {
-            if (std::fabs(source.frequency(pair)) * static_cast<double>(half) > most_angle) {
-                fast = pair + 1;
+            if (std::fabs(source.frequency(pair)) * static_cast<double>(half) > angle) {
+                above = pair + 1;
             }
         }
-        return source.pairs() - fast <= turning_pairs::terms ? source.pairs() : fast;
+        return above;
     }
 
     void fill(const rope& source) noexcept {

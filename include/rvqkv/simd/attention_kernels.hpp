@@ -56,10 +56,12 @@ struct code_rows {
 struct turning_pairs {
     static constexpr std::size_t span = 16;      ///< Tiles whose angles are in `middles`.
     static constexpr std::size_t terms = 6;      ///< Of the polynomial's even part, and of its odd part.
+    static constexpr std::size_t few_terms = 3;  ///< Of either for the slowest pairs, which need no more.
     static constexpr std::size_t most_rows = 4;  ///< Rows that any level works on at once.
 
     std::size_t fast = 0;  ///< Pairs that are summed one by one, before the others.
     std::size_t slow = 0;
+    std::size_t slowest = 0;  ///< Of the slow ones, the last.
     /// Cosines and sines of the angles from the first tile's first token to the tiles' middles: `[pairs, 2, span]`.
     const float* middles = nullptr;
     /// Even and odd functions, from the middle on: the fast pairs' cosines and sines, then Chebyshev polynomials.

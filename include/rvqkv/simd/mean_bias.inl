@@ -17,6 +17,48 @@ RVQKV_ALWAYS_INLINE turned_pair turn_to_middles(const turning_pairs& table, cons
     return {fma(a, cosines, multiply(b, sines)), subtract(multiply(b, cosines), multiply(a, sines))};
 }
 
+/// What the first `Terms` even (or odd) polynomials are multiplied by gains what some slow pairs add.
+template <int Queries, int Terms, bool IsOdd>
+RVQKV_ALWAYS_INLINE void add_series(const turning_pairs& table, row_block<const float> pairs, std::size_t first,
+                                    std::size_t end, std::size_t tile, float* factors) {
+    constexpr std::size_t side = Queries;
+    constexpr std::size_t terms = Terms;
+    constexpr std::size_t next = 2 * side * turning_pairs::span;
+    float* const to = factors + (IsOdd ? side * turning_pairs::span : 0);
+    reg sums[side][terms];
+    RVQKV_UNROLL
+    for (std::size_t q = 0; q < side; ++q) {
+        RVQKV_UNROLL
+        for (std::size_t k = 0; k < terms; ++k) {
+            sums[q][k] = load(to + k * next + q * turning_pairs::span);
+        }
+    }
+    const float* series = table.series + (2 * (first - table.fast) + (IsOdd ? 1 : 0)) * turning_pairs::terms;
+    for (std::size_t pair = first; pair < end; ++pair, series += 2 * turning_pairs::terms) {
+        reg turned[side];
+        RVQKV_UNROLL
+        for (std::size_t q = 0; q < side; ++q) {
+            const turned_pair both = turn_to_middles(table, pairs.data + q * pairs.stride, pair, tile);
+            turned[q] = keep(IsOdd ? both.odd : both.even);
+        }
+        RVQKV_UNROLL
+        for (std::size_t k = 0; k < terms; ++k) {
+            const reg weight = keep(broadcast(series + k));
+            RVQKV_UNROLL
+            for (std::size_t q = 0; q < side; ++q) {
+                sums[q][k] = fma(weight, turned[q], sums[q][k]);
+            }
+        }
+    }
+    RVQKV_UNROLL
+    for (std::size_t q = 0; q < side; ++q) {
+        RVQKV_UNROLL
+        for (std::size_t k = 0; k < terms; ++k) {
+            store(to + k * next + q * turning_pairs::span, sums[q][k]);
+        }
+    }
+}
+
 /// What the columns are multiplied by, for all tiles of a span: `[column, 2, query, tile]`.
 template <int Queries>
 inline void bias_factors(const turning_pairs& table, row_block<const float> pairs, std::size_t tiles, float* factors) {
@@ -35,43 +77,16 @@ inline void bias_factors(const turning_pairs& table, row_block<const float> pair
         if (table.slow == 0) {
             continue;
         }
-        const auto polynomial = [&](auto is_odd) {
-            reg sums[side][turning_pairs::terms];
-            RVQKV_UNROLL
-            for (std::size_t q = 0; q < side; ++q) {
-                RVQKV_UNROLL
-                for (std::size_t k = 0; k < turning_pairs::terms; ++k) {
-                    sums[q][k] = constant(0.0F);
-                }
-            }
-            const float* series = table.series + (is_odd ? turning_pairs::terms : 0);
-            for (std::size_t pair = 0; pair < table.slow; ++pair, series += 2 * turning_pairs::terms) {
-                reg turned[side];
-                RVQKV_UNROLL
-                for (std::size_t q = 0; q < side; ++q) {
-                    const turned_pair both =
-                        turn_to_middles(table, pairs.data + q * pairs.stride, table.fast + pair, tile);
-                    turned[q] = keep(is_odd ? both.odd : both.even);
-                }
-                RVQKV_UNROLL
-                for (std::size_t k = 0; k < turning_pairs::terms; ++k) {
-                    const reg weight = keep(broadcast(series + k));
-                    RVQKV_UNROLL
-                    for (std::size_t q = 0; q < side; ++q) {
-                        sums[q][k] = fma(weight, turned[q], sums[q][k]);
-                    }
-                }
-            }
-            RVQKV_UNROLL
-            for (std::size_t k = 0; k < turning_pairs::terms; ++k) {
-                RVQKV_UNROLL
-                for (std::size_t q = 0; q < side; ++q) {
-                    store(to + ((2 * k + (is_odd ? 1 : 0)) * side + q) * span, sums[q][k]);
-                }
-            }
-        };
-        polynomial(std::integral_constant<bool, false>());
-        polynomial(std::integral_constant<bool, true>());
+        for (std::size_t i = 0; i < turning_pairs::terms * 2 * side; ++i) {
+            store(to + i * span, constant(0.0F));
+        }
+        constexpr int many = turning_pairs::terms;
+        constexpr int few = turning_pairs::few_terms;
+        const std::size_t slowest = table.pairs() - table.slowest;
+        add_series<Queries, many, false>(table, pairs, table.fast, slowest, tile, to);
+        add_series<Queries, many, true>(table, pairs, table.fast, slowest, tile, to);
+        add_series<Queries, few, false>(table, pairs, slowest, table.pairs(), tile, to);
+        add_series<Queries, few, true>(table, pairs, slowest, table.pairs(), tile, to);
     }
 }
 
