@@ -172,3 +172,29 @@ TEST_CASE("mean_bias: a model without positions has the same bias everywhere", "
         }
     }
 }
+
+TEST_CASE("mean_bias: does not depend on what its scratch was used for before", "[attend][property]") {
+    CAPTURE(test::seed());
+    test::random_source random(3);
+    const std::vector<float> query = test::gaussian_numbers(random, 64);
+    const std::vector<float> mean = test::gaussian_numbers(random, 64);
+    std::vector<std::int64_t> positions(20);
+    const auto add = [&](biased_head& with, std::int64_t first) {
+        for (std::int64_t& position : positions) {
+            position = first;
+            first += static_cast<std::int64_t>(rvqkv::tile_tokens);
+        }
+        std::vector<float> out(positions.size() * rvqkv::tile_tokens);
+        with.bias.prepare({query.data(), 1, 64}, mean.data(), 64, with.plain, with.scratch);
+        with.bias.add(positions.data(), positions.size(), 1, out.data(), out.size(), with.scratch);
+        return out;
+    };
+    const rvqkv::kernel_table& kernels = rvqkv::best_kernels();
+    biased_head used({}, 64, 1, kernels);
+    // Where a worker's last head began, or went on, may be some tiles before where its next begins.
+    for (const std::int64_t first : {0, 64, 640, 640, 1000000, 1000000 + 64 * 17, 64}) {
+        CAPTURE(first);
+        biased_head fresh({}, 64, 1, kernels);
+        CHECK(add(used, first) == add(fresh, first));
+    }
+}
