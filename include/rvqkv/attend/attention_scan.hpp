@@ -98,7 +98,7 @@ public:
         based_ = dealer.take<float>(rows * parts.key_dim);
         grouped_ = dealer.take<float>(rows * parts.key_dim);
         turned_ = dealer.take<float>(rows * parts.key_dim);
-        bias_ = parts.mean.size() == 0 ? mean_bias::scratch() : mean_bias::scratch(parts.bias, rows, dealer);
+        bias_ = parts.mean.size() == 0 ? mean_bias::scratch() : mean_bias::scratch(parts.bias, parts.plain, rows, dealer);
         scores_ = dealer.take<float>(rows * stride_);
         tile_ = dealer.take<float>(tile_tokens * wide);
         sums_ = dealer.take<float>(rows * parts.value_dim);
@@ -324,7 +324,7 @@ private:
             keys_->scores(tiles, rows_, out, stride_, key_scratch_);
         }
         if (parts_.mean.size() != 0) {
-            parts_.bias.add(positions, tiles.tiles.count, rows_, parts_.plain, out, stride_, bias_);
+            parts_.bias.add(positions, tiles.tiles.count, rows_, out, stride_, bias_);
         }
     }
 

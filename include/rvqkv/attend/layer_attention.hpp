@@ -79,7 +79,7 @@ public:
             return mean.error();
         }
         parts.mean = std::move(mean).value();
-        if (auto bias = mean_bias::create(parts.rope, parts.plain, kernels); bias) {
+        if (auto bias = mean_bias::create(parts.rope, kernels); bias) {
             parts.bias = std::move(bias).value();
         } else {
             return bias.error();

@@ -23,6 +23,8 @@ RVQKV_NAMESPACE_BEGIN
 /// A `rope` for rows whose channels stand in another order. Its "angles" are the pairs, in the order of their places.
 /// Threads: immutable; safe to share.
 class tile_rope {
+    static constexpr std::size_t step_lengths = 5;  // cursors step by 1, 2, 4, ... tiles
+
 public:
     /// Turns nothing.
     tile_rope() = default;
@@ -34,7 +36,7 @@ public:
         tile_rope made;
         made.kernels_ = &kernels;
         made.angles_ = source.pairs();
-        auto frequencies = aligned_buffer<double>::allocate(3 * made.angles_);
+        auto frequencies = aligned_buffer<double>::allocate((1 + 2 * step_lengths) * made.angles_);
         auto table = aligned_buffer<float>::allocate(tile_tokens * 2 * made.angles_);
         if (!frequencies || !table) {
             return error{error_code::out_of_memory, "out of memory"};
@@ -47,8 +49,11 @@ public:
         for (std::size_t i = 0; i < made.angles_; ++i) {
             const double frequency = source.frequency(made.pairs_[i].pair);
             made.frequencies_[i] = frequency;
-            made.frequencies_[made.angles_ + i] = std::cos(static_cast<double>(tile_tokens) * frequency);
-            made.frequencies_[2 * made.angles_ + i] = std::sin(static_cast<double>(tile_tokens) * frequency);
+            for (std::size_t length = 0; length < step_lengths; ++length) {
+                const double angle = static_cast<double>(tile_tokens << length) * frequency;
+                made.frequencies_[(1 + 2 * length) * made.angles_ + i] = std::cos(angle);
+                made.frequencies_[(2 + 2 * length) * made.angles_ + i] = std::sin(angle);
+            }
             for (std::size_t token = 0; token < tile_tokens; ++token) {
                 const double angle = static_cast<double>(token) * frequency;
                 float* const row = made.table_.data() + token * 2 * made.angles_;
@@ -84,12 +89,29 @@ public:
         [[nodiscard]] static std::size_t scratch_bytes(std::size_t angles) noexcept {
             return 2 * angles * (sizeof(double) + sizeof(float));
         }
+        cursor() = default;
         cursor(const tile_rope& parent, std::byte* scratch) noexcept
             : parent_(&parent),
               exact_(static_cast<double*>(static_cast<void*>(scratch))),
               floats_(static_cast<float*>(static_cast<void*>(exact_ + 2 * parent.angles_))) {}
 
-        /// Goes to a position.
+        /// Goes to a position without a step from another: what it gives does not depend on where it was.
+        void start(std::int64_t position) noexcept {
+            is_set_ = is_set_ && steps_ == 0;
+            if (!is_set_ || position != position_) {
+                is_set_ = false;
+                seek(position);
+            }
+        }
+        /// Goes where another one is.
+        void follow(const cursor& other) noexcept {
+            std::copy_n(other.exact_, 2 * parent_->angles_, exact_);
+            std::copy_n(other.floats_, 2 * parent_->angles_, floats_);
+            position_ = other.position_;
+            steps_ = other.steps_;
+            is_set_ = other.is_set_;
+        }
+        /// Goes to a position: in few steps if it is some tiles further on, not many.
         void seek(std::int64_t position) noexcept {
             const std::size_t angles = parent_->angles_;
             if (is_set_ && position == position_) {
@@ -97,15 +119,15 @@ public:
             }
             double* const cosines = exact_;
             double* const sines = exact_ + angles;
-            if (is_set_ && position - position_ == static_cast<std::int64_t>(tile_tokens) && steps_ < most_steps) {
-                const double* const cosine = parent_->frequencies_.data() + angles;
-                const double* const sine = cosine + angles;
-                for (std::size_t i = 0; i < angles; ++i) {
-                    const double turned = cosines[i] * cosine[i] - sines[i] * sine[i];
-                    sines[i] = sines[i] * cosine[i] + cosines[i] * sine[i];
-                    cosines[i] = turned;
+            // (A way back is a long one, too.)
+            const std::uint64_t way = static_cast<std::uint64_t>(position) - static_cast<std::uint64_t>(position_);
+            if (is_set_ && way <= longest_way && way % tile_tokens == 0 && steps_ < most_steps) {
+                std::uint64_t tiles = way / tile_tokens;
+                for (std::size_t length = step_lengths; length-- > 0;) {
+                    for (; tiles >> length != 0; tiles -= std::uint64_t{1} << length, ++steps_) {
+                        step(length);
+                    }
                 }
-                ++steps_;
             } else {
                 for (std::size_t i = 0; i < angles; ++i) {
                     const double angle = static_cast<double>(position) * parent_->frequencies_[i];
@@ -133,9 +155,25 @@ public:
 
     private:
         static constexpr unsigned most_steps = 256;  // rounding errors add up: 2^-44 at most
-        const tile_rope* parent_;
-        double* exact_;  // [2, angles]: cosines and sines
-        float* floats_;  // [2, angles]: cosines and negated sines
+        static constexpr std::uint64_t longest_way = tile_tokens << step_lengths;
+
+        /// Turns on by `tile_tokens << length` positions.
+        void step(std::size_t length) noexcept {
+            const std::size_t angles = parent_->angles_;
+            double* const cosines = exact_;
+            double* const sines = exact_ + angles;
+            const double* const cosine = parent_->frequencies_.data() + (1 + 2 * length) * angles;
+            const double* const sine = cosine + angles;
+            for (std::size_t i = 0; i < angles; ++i) {
+                const double turned = cosines[i] * cosine[i] - sines[i] * sine[i];
+                sines[i] = sines[i] * cosine[i] + cosines[i] * sine[i];
+                cosines[i] = turned;
+            }
+        }
+
+        const tile_rope* parent_ = nullptr;
+        double* exact_ = nullptr;  // [2, angles]: cosines and sines
+        float* floats_ = nullptr;  // [2, angles]: cosines and negated sines
         std::int64_t position_ = 0;
         unsigned steps_ = 0;
         bool is_set_ = false;
@@ -189,7 +227,8 @@ private:
     std::size_t run_count_ = 0;
     detail::nothrow_array<pair_places> pairs_;   // by angle
     detail::nothrow_array<channel_pairs> runs_;  // the first `run_count_`: all pairs
-    aligned_buffer<double> frequencies_;  // [3, angles]: radians for each position; cosine and sine of a tile's length
+    aligned_buffer<double> frequencies_;  // [1 + 2 * step_lengths, angles]: radians for each position; cosines and
+                                          // sines of each step
     aligned_buffer<float> table_;
 };
 

@@ -335,6 +335,8 @@ inline void add_rows(row_block<const T> rows, const float* weights, weight_strid
     }
 }
 
+#include "rvqkv/simd/mean_bias.inl"
+
 inline constexpr attention_kernels attention = {
     turn,
     largest_number,
@@ -348,6 +350,7 @@ inline constexpr attention_kernels attention = {
     unpack_sums,
     add_entries,
     add_weights,
+    add_bias,
     {scores<float>, add_rows<float>, products<float>},
     {scores<float16>, add_rows<float16>, products<float16>},
     {scores<bfloat16>, add_rows<bfloat16>, products<bfloat16>},

@@ -50,6 +50,32 @@ struct code_rows {
     unsigned bits = 8;     ///< From 8 to 12.
 };
 
+/// Sums of pairs that turn with the position, `a cos(angle) + b sin(angle)`, for the tokens of some tiles. From the
+/// middle of a tile on, cosines are the same on both sides and sines opposite: the tokens behind it give those before
+/// it. Pairs that turn little within a tile are taken together, as a polynomial of the place in the tile.
+struct turning_pairs {
+    static constexpr std::size_t span = 16;      ///< Tiles whose angles are in `middles`.
+    static constexpr std::size_t terms = 6;      ///< Of the polynomial's even part, and of its odd part.
+    static constexpr std::size_t few_terms = 3;  ///< Of either for the slowest pairs, which need no more.
+    static constexpr std::size_t most_rows = 4;  ///< Rows that any level works on at once.
+
+    std::size_t fast = 0;  ///< Pairs that are summed one by one, before the others.
+    std::size_t slow = 0;
+    std::size_t slowest = 0;  ///< Of the slow ones, the last.
+    /// Cosines and sines of the angles from the first tile's first token to the tiles' middles: `[pairs, 2, span]`.
+    const float* middles = nullptr;
+    /// Even and odd functions, from the middle on: the fast pairs' cosines and sines, then Chebyshev polynomials.
+    /// `[columns, 2, tile_tokens / 2]`
+    const float* functions = nullptr;
+    /// The slow pairs' cosines and sines as sums of the polynomials: `[slow, 2, terms]`.
+    const float* series = nullptr;
+
+    [[nodiscard]] std::size_t pairs() const noexcept { return fast + slow; }
+    [[nodiscard]] std::size_t columns() const noexcept { return fast + (slow == 0 ? 0 : terms); }
+    /// Floats of scratch that the kernel needs.
+    [[nodiscard]] std::size_t factors() const noexcept { return columns() * 2 * most_rows * span; }
+};
+
 /// The inner loops of attention at one SIMD level. Sums are added in an order of the level's own.
 struct attention_kernels {
     /// Turns the pairs of each of `rows` rows, in place: `(a, b)` becomes `(a cos - b sin, a sin + b cos)`. Row `i`
@@ -87,6 +113,11 @@ struct attention_kernels {
                         const std::uint64_t* second_entries, std::uint64_t* sums);
     /// `bins[code of token t] += weights[t]`.
     void (*add_weights)(const code_rows& codes, const float4* weights, float4* bins);
+
+    /// `out[q * out_stride + i]` gains `constants[q]` and the sum of row `q` of `pairs` (`a` of every pair, then `b`),
+    /// for token `i` of up to `turning_pairs::span` tiles. `factors` is scratch.
+    void (*add_bias)(const turning_pairs& table, row_block<const float> pairs, const float* constants,
+                     std::size_t tiles, float* factors, float* out, std::size_t out_stride);
 
     /// The loops over rows of keys and values.
     template <class T>

@@ -247,6 +247,9 @@ inline constexpr int product_side = 4;
 inline constexpr int query_side = 2;
 inline constexpr int value_queries = 4;
 inline constexpr int value_side = 2;
+inline reg reverse(reg value) {
+    return _mm256_permutevar8x32_ps(value, _mm256_setr_epi32(7, 6, 5, 4, 3, 2, 1, 0));
+}
 inline reg divide(reg a, reg b) {
     return _mm256_div_ps(a, b);
 }

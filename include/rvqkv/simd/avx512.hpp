@@ -275,6 +275,10 @@ inline void unpack_tile(const std::byte* packed, unsigned bits, code_t* codes) {
         store(codes + first, _mm512_and_si512(shifted, ones));
     }
 }
+inline reg reverse(reg value) {
+    return _mm512_maskz_permutexvar_ps(all, _mm512_setr_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                       value);
+}
 inline reg divide(reg a, reg b) {
     return _mm512_div_ps(a, b);
 }

@@ -219,6 +219,13 @@ inline float largest(const reg& value) {
     }
     return top;
 }
+inline reg reverse(const reg& value) {
+    reg reversed;
+    for (int i = 0; i < lanes; ++i) {
+        reversed.lane[i] = value.lane[lanes - 1 - i];
+    }
+    return reversed;
+}
 inline void store_sums(float* to, const reg* four) {
     for (int i = 0; i < 4; ++i) {
         to[i] = sum(four[i]);

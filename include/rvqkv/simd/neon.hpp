@@ -125,6 +125,10 @@ inline constexpr int value_side = 4;
 inline void unpack_tile(const std::byte* packed, unsigned bits, code_t* codes) {
     unpack_codes(packed, 0, tile_tokens, bits, codes);
 }
+inline reg reverse(reg value) {
+    const reg swapped = vrev64q_f32(value);
+    return vextq_f32(swapped, swapped, 2);
+}
 inline reg divide(reg a, reg b) {
     return vdivq_f32(a, b);
 }
