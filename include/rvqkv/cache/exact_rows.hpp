@@ -46,8 +46,8 @@ template <class T>
 }
 
 /// Replaces NaNs and infinities by 0 and returns how many there were.
-[[nodiscard]] inline std::size_t zero_nonfinite(float* row, std::size_t count) noexcept {
-    if (!has_nonfinite(row, count)) {
+[[nodiscard]] inline std::size_t zero_nonfinite(float* row, std::size_t count, const kernel_table& kernels) noexcept {
+    if (kernels.rows.all_finite(row, count)) {
         return 0;
     }
     std::size_t found = 0;
@@ -60,16 +60,18 @@ template <class T>
     return found;
 }
 
+/// Rounds numbers to a 16-bit type, and returns whether the results are all finite.
+[[nodiscard]] inline bool round_finite(const float* in, std::uint16_t* out, std::size_t count, dtype type,
+                                       const kernel_table& kernels) noexcept {
+    return type == dtype::float16 ? kernels.rows.round_float16(in, reinterpret_cast<float16*>(out), count)
+                                  : kernels.rows.round_bfloat16(in, reinterpret_cast<bfloat16*>(out), count);
+}
+
 /// Rounds finite numbers to a 16-bit type; those beyond its range become its largest.
 inline void round_row(const float* in, std::uint16_t* out, std::size_t count, dtype type,
                       const kernel_table& kernels) noexcept {
     const std::uint16_t infinity = type == dtype::float16 ? 0x7c00U : 0x7f80U;
-    if (type == dtype::float16) {
-        convert(in, reinterpret_cast<float16*>(out), count, kernels);
-    } else {
-        convert(in, reinterpret_cast<bfloat16*>(out), count, kernels);
-    }
-    if (has_nonfinite(out, count, type)) {
+    if (!round_finite(in, out, count, type, kernels)) {
         for (std::size_t i = 0; i < count; ++i) {
             if ((out[i] & 0x7fffU) >= infinity) {
                 out[i] = static_cast<std::uint16_t>((out[i] & 0x8000U) | (infinity - 1U));

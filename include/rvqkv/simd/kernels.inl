@@ -9,6 +9,7 @@
 //   tile_side, tile_sums: a tile of the search is at most that wide, and keeps at most that many registers of sums
 //   small_scan: its scans by small tables, or the portable ones
 //   word_rows: its loops over rows of 16-bit numbers, or null
+//   rows.inl uses doubles besides: wide, wide_lanes, widen; and divide_turned
 //   several.inl uses greater, select, bits, tile_rows and tile_registers besides
 // No include guard: that is the point.
 
@@ -49,6 +50,8 @@ inline void convert(const From* in, To* out, std::size_t count) {
 
 #include "rvqkv/simd/attention.inl"
 
+#include "rvqkv/simd/rows.inl"
+
 inline constexpr kernel_table kernels = {
     level,
     nearest,
@@ -63,4 +66,5 @@ inline constexpr kernel_table kernels = {
     attention,
     &small_scan,
     word_rows,
+    {round_finite<float16>, round_finite<bfloat16>, all_finite, moments, divide_row, divide_strided},
 };
