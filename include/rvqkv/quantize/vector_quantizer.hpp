@@ -231,8 +231,8 @@ private:
                 found.add({nonfinite, 1, token, head});
             }
         }
-        quantizer_.encode({grouped, count * groups(), codebook().dim()},
-                          out.codes + first * groups() * out.strides.vector, out.strides, {}, kernels);
+        quantizer_.encode_codes({grouped, count * groups(), codebook().dim()},
+                                out.codes + first * groups() * out.strides.vector, out.strides, kernels);
     }
 
     [[nodiscard]] status check(std::size_t channels, const char* what) const {

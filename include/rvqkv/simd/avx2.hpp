@@ -135,6 +135,9 @@ struct interleaved {
 inline reg4 add(reg4 a, reg4 b) {
     return _mm_add_ps(a, b);
 }
+inline reg4 subtract(reg4 a, reg4 b) {
+    return _mm_sub_ps(a, b);
+}
 inline interleaved add(interleaved a, interleaved b) {
     return {_mm256_add_ps(a.even, b.even), _mm256_add_ps(a.odd, b.odd)};
 }

@@ -154,6 +154,12 @@ inline reg8 add(reg8 a, reg8 b) {
 inline reg4 add(reg4 a, reg4 b) {
     return _mm_add_ps(a, b);
 }
+inline reg8 subtract(reg8 a, reg8 b) {
+    return _mm256_sub_ps(a, b);
+}
+inline reg4 subtract(reg4 a, reg4 b) {
+    return _mm_sub_ps(a, b);
+}
 inline void store(float* to, reg8 value) {
     _mm256_storeu_ps(to, value);
 }

@@ -28,7 +28,7 @@ struct row_kernels {
     /// Whether a row holds neither NaN nor infinity.
     bool (*all_finite)(const float* row, std::size_t count);
     /// The sums of `row[i] * shrink - row[0] * shrink` (rounded to float32) and of its square, in double.
-    /// Preconditions: `count > 0`; `shrink` is a power of two.
+    /// Preconditions: `count > 0`; `shrink` is a power of two that makes no number denormal.
     row_moments (*moments)(const float* row, std::size_t count, float shrink);
     /// `out[i] = in[i] / by`; `in` may be `out`.
     void (*divide)(const float* in, float by, std::size_t count, float* out);
