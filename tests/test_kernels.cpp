@@ -202,6 +202,8 @@ TEST_CASE("kernels: rows are rounded, and what is not finite is noticed at any p
                 CHECK(rows.all_finite(row.data(), count) == all);
                 CHECK(rows.round_float16(row.data(), halves.data(), count) == half);
                 CHECK(rows.round_bfloat16(row.data(), brains.data(), count) == brain);
+                CHECK(rows.finite_float16(halves.data(), count) == half);
+                CHECK(rows.finite_bfloat16(brains.data(), count) == brain);
                 for (std::size_t i = 0; i < count; ++i) {
                     CHECK(halves[i] == rvqkv::to_float16(row[i]));
                     CHECK(brains[i] == rvqkv::to_bfloat16(row[i]));

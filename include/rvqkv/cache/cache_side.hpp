@@ -117,7 +117,7 @@ public:
         const kernel_table& kernels = best_kernels();
         const bool turned = positions_.changes(at.now, at.coded);
         if (!turned && x.type() == exact_type_ && x.strides().channel == 1) {
-            copy_exact(x, first, count, out, report);
+            copy_exact(x, first, count, out, report, kernels);
             return;
         }
         const std::size_t at_once = turned ? count : 1;
@@ -229,12 +229,12 @@ private:
     }
 
     void copy_exact(const tensor_view& x, std::size_t first, std::size_t count, exact_block<std::uint16_t> out,
-                    encode_report& report) const {
+                    encode_report& report, const kernel_table& kernels) const {
         for (std::size_t token = 0; token < count; ++token) {
             for (std::size_t head = 0; head < heads_; ++head) {
                 std::uint16_t* const to = out.data + head * out.head_stride + token * head_dim();
                 std::memcpy(to, x.row(first + token, head), head_dim() * sizeof(std::uint16_t));
-                if (has_nonfinite(to, head_dim(), exact_type_)) {
+                if (has_nonfinite(to, head_dim(), exact_type_, kernels)) {
                     const std::uint16_t infinity = exact_type_ == dtype::float16 ? 0x7c00U : 0x7f80U;
                     std::size_t found = 0;
                     for (std::size_t i = 0; i < head_dim(); ++i) {

@@ -8,33 +8,18 @@
 #include "rvqkv/simd/convert.hpp"
 #include "rvqkv/simd/kernels.hpp"
 
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 RVQKV_NAMESPACE_BEGIN
 namespace detail {
 
-/// Whether a row holds a NaN or an infinity: adding one to an exponent that is all ones carries into the sign's place.
-/// Four numbers at a time.
-[[nodiscard]] inline bool has_nonfinite(const std::uint16_t* row, std::size_t count, dtype type) noexcept {
-    constexpr std::uint64_t magnitudes = 0x7fff7fff7fff7fffULL;
-    const std::uint64_t carries = type == dtype::float16 ? 0x0400040004000400ULL : 0x0080008000800080ULL;
-    std::uint64_t found = 0;
-    std::size_t i = 0;
-    for (; i + 4 <= count; i += 4) {
-        std::uint64_t word = 0;
-        std::memcpy(&word, row + i, sizeof(word));
-        found |= (word & magnitudes) + carries;
-    }
-    if (i < count) {
-        std::uint64_t word = 0;
-        std::memcpy(&word, row + i, (count - i) * sizeof(*row));
-        found |= (word & magnitudes) + carries;
-    }
-    return (found & ~magnitudes) != 0;
+/// Whether there is a NaN or an infinity among 16-bit numbers.
+[[nodiscard]] inline bool has_nonfinite(const std::uint16_t* row, std::size_t count, dtype type,
+                                        const kernel_table& kernels) noexcept {
+    return type == dtype::float16 ? !kernels.rows.finite_float16(reinterpret_cast<const float16*>(row), count)
+                                  : !kernels.rows.finite_bfloat16(reinterpret_cast<const bfloat16*>(row), count);
 }
 
 /// Replaces NaNs and infinities by 0 and returns how many there were.

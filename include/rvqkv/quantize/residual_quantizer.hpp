@@ -100,7 +100,8 @@ public:
         }
     }
 
-    /// As `encode`, but nothing of use stays in `vectors`: what the last depth leaves is not worked out.
+    /// The codes of `encode`, a subtraction sooner: what the last depth leaves is not worked out.
+    /// Shapes, Preconditions, Errors: as `encode`; `vectors` are overwritten, and hold nothing of use in the end.
     void encode_codes(matrix_view<float> vectors, code_t* codes, code_strides strides,
                       const kernel_table& kernels = best_kernels()) const {
         for (std::size_t depth = 0; depth < book_.depths(); ++depth) {

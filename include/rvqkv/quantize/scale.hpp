@@ -23,6 +23,7 @@ RVQKV_NAMESPACE_BEGIN
 ///  - `measure(row)` of finite numbers is finite and above zero; a row of zeros gives 1;
 ///  - it follows the row: `measure(c * row) == |c| * measure(row)` within rounding (`is_stored()` policies);
 ///  - a policy that is not stored always measures 1.
+/// A policy that also has `measure(row, kernels)`, which must give the same bits, is measured by that.
 /// `name()` appears in files, reports and benchmarks; `is_stored()` tells whether each vector's scale is kept.
 template <class P>
 concept ScalePolicy = std::semiregular<P> && requires(const P policy, std::span<const float> row) {

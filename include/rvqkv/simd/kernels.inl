@@ -84,5 +84,6 @@ inline constexpr kernel_table kernels = {
     attention,
     &small_scan,
     word_rows,
-    {round_finite<float16>, round_finite<bfloat16>, all_finite, moments, divide_row, divide_strided},
+    {round_finite<float16>, round_finite<bfloat16>, all_finite<float>, all_finite<float16>, all_finite<bfloat16>,
+     moments, divide_row, divide_strided},
 };

@@ -27,6 +27,8 @@ struct row_kernels {
     bool (*round_bfloat16)(const float* in, bfloat16* out, std::size_t count);
     /// Whether a row holds neither NaN nor infinity.
     bool (*all_finite)(const float* row, std::size_t count);
+    bool (*finite_float16)(const float16* row, std::size_t count);
+    bool (*finite_bfloat16)(const bfloat16* row, std::size_t count);
     /// The sums of `row[i] * shrink - row[0] * shrink` (rounded to float32) and of its square, in double.
     /// Preconditions: `count > 0`; `shrink` is a power of two that makes no number denormal.
     row_moments (*moments)(const float* row, std::size_t count, float shrink);

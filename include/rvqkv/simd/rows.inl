@@ -21,7 +21,8 @@ inline bool round_finite(const float* in, Half* out, std::size_t count) {
     return finite;
 }
 
-inline bool all_finite(const float* row, std::size_t count) {
+template <class T>
+inline bool all_finite(const T* row, std::size_t count) {
     const float nothing = 0.0F;
     const reg zero = broadcast(&nothing);
     reg found = zero;
@@ -31,7 +32,7 @@ inline bool all_finite(const float* row, std::size_t count) {
     }
     bool finite = sum(found) == 0.0F;
     for (; i < count; ++i) {
-        finite = finite && row[i] * 0.0F == 0.0F;
+        finite = finite && to_float(row[i]) * 0.0F == 0.0F;
     }
     return finite;
 }
