@@ -112,7 +112,7 @@ void encode(benchmark::State& state, const rvqkv::codebook_shape& shape, std::si
     for (auto _ : state) {
         for (const auto* side : {&keys, &values}) {
             std::copy_n(side->data(), left.size(), left.data());
-            quantizer.encode({left.data(), rows, shape.dim}, codes.data(), {1, rows});
+            quantizer.encode_codes({left.data(), rows, shape.dim}, codes.data(), {1, rows});
         }
         benchmark::DoNotOptimize(codes.data());
         benchmark::ClobberMemory();

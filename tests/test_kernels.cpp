@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: MIT
 /// @file
-/// The loops that read codewords, at every SIMD level and for every weight type, against plain loops: the same bits,
-/// whatever the shape, stride and alignment, and nothing written beside. The search has a file of its own,
-/// test_nearest_codeword.cpp, and so has conversion.
+/// The loops that read codewords and those over whole rows, at every SIMD level and for every weight type, against
+/// plain loops: the same bits, whatever the shape, stride and alignment, and nothing written beside. The search has a
+/// file of its own, test_nearest_codeword.cpp, and so has conversion.
 #include "rvqkv/simd/kernels.hpp"
 
+#include "rvqkv/core/half.hpp"
 #include "rvqkv/quantize/codebook.hpp"
+#include "rvqkv/quantize/scale.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/levels.hpp"
@@ -13,6 +15,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <iterator>
 #include <limits>
 #include <vector>
 
@@ -148,6 +151,77 @@ TEMPLATE_TEST_CASE("kernels: decode of small codebooks, whole registers of rows 
             check_decode<TestType>(random, shape, rows, dim, offset, {1, rows + 1}, depths);
             check_decode<TestType>(random, shape, rows, dim + codewords % 3, offset, {1, rows}, shape.depths);
             check_decode<TestType>(random, shape, rows, dim, offset, {shape.depths, 1}, depths);
+        }
+    }
+}
+
+TEST_CASE("kernels: rows are measured and dealt to groups with the same bits", "[simd][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(5);
+    for (int round = 0; round < 60; ++round) {
+        const std::size_t dim = round % 3 == 0 ? random.integer(1, 40) : std::size_t{4} << random.integer(0, 3);
+        const std::size_t groups = round % 2 == 0 ? random.integer(1, 40) : 16 * random.integer(1, 3);
+        const std::size_t count = groups * dim;
+        const std::size_t offset = random.integer(0, 5);
+        const test::family family = test::all_families[static_cast<std::size_t>(round) % std::size(test::all_families)];
+        const std::vector<float> numbers = test::make_numbers(random, family, offset + count);
+        const float* const row = numbers.data() + offset;
+        const float by = 0.37F + random.uniform(0.0F, 1.0F);
+        const float shrink = family == test::family::huge ? 0.25F : 1.0F;
+        const rvqkv::row_moments moments = rvqkv::detail::moments_of(row, count, shrink);
+        std::vector<float> divided(count + 1, 99.0F);
+        std::vector<float> dealt(count + 1, 99.0F);
+        for (std::size_t i = 0; i < count; ++i) {
+            divided[i] = row[i] / by;
+            dealt[i % groups * dim + i / groups] = row[i] / by;
+        }
+        for (const rvqkv::simd_level level : test::levels()) {
+            CAPTURE(rvqkv::name_of(level), dim, groups, offset, test::name_of(family));
+            const rvqkv::row_kernels& rows = rvqkv::kernels_for(level).value()->rows;
+            const rvqkv::row_moments found = rows.moments(row, count, shrink);
+            CHECK(found.sum == moments.sum);
+            CHECK(found.squares == moments.squares);
+            std::vector<float> got(count + 1, 99.0F);
+            rows.divide(row, by, count, got.data());
+            REQUIRE(test::bits_of(got) == test::bits_of(divided));
+            rows.divide_strided(row, by, groups, dim, got.data());
+            REQUIRE(test::bits_of(got) == test::bits_of(dealt));
+        }
+    }
+}
+
+TEST_CASE("kernels: rows are rounded, and what is not finite is noticed at any place", "[simd][unit]") {
+    constexpr float infinity = std::numeric_limits<float>::infinity();
+    for (const rvqkv::simd_level level : test::levels()) {
+        const rvqkv::row_kernels& rows = rvqkv::kernels_for(level).value()->rows;
+        for (const std::size_t count : {1U, 7U, 16U, 37U}) {
+            std::vector<rvqkv::float16> halves(count);
+            std::vector<rvqkv::bfloat16> brains(count);
+            const auto check = [&](const std::vector<float>& row, bool all, bool half, bool brain) {
+                CAPTURE(rvqkv::name_of(level), count);
+                CHECK(rows.all_finite(row.data(), count) == all);
+                CHECK(rows.round_float16(row.data(), halves.data(), count) == half);
+                CHECK(rows.round_bfloat16(row.data(), brains.data(), count) == brain);
+                CHECK(rows.finite_float16(halves.data(), count) == half);
+                CHECK(rows.finite_bfloat16(brains.data(), count) == brain);
+                for (std::size_t i = 0; i < count; ++i) {
+                    CHECK(halves[i] == rvqkv::to_float16(row[i]));
+                    CHECK(brains[i] == rvqkv::to_bfloat16(row[i]));
+                }
+            };
+            std::vector<float> row(count, -65519.0F);
+            check(row, true, true, true);
+            for (std::size_t at = 0; at < count; ++at) {
+                for (const float bad : {std::numeric_limits<float>::quiet_NaN(), infinity, -infinity}) {
+                    row[at] = bad;
+                    check(row, false, false, false);
+                }
+                row[at] = 65520.0F;
+                check(row, true, false, true);
+                row[at] = -std::numeric_limits<float>::max();
+                check(row, true, false, false);
+                row[at] = 0.1F;
+            }
         }
     }
 }

@@ -117,16 +117,20 @@ public:
         const kernel_table& kernels = best_kernels();
         const bool turned = positions_.changes(at.now, at.coded);
         if (!turned && x.type() == exact_type_ && x.strides().channel == 1) {
-            copy_exact(x, first, count, out, report);
+            copy_exact(x, first, count, out, report, kernels);
             return;
         }
         const std::size_t at_once = turned ? count : 1;
+        const bool direct = !turned && x.type() == dtype::float32 && x.strides().channel == 1;
         float* const rows = scratch.rows.data();
         for (std::size_t done = 0; done < count; done += at_once) {
+            if (direct && round_token(x, first + done, out, done, kernels)) {
+                continue;
+            }
             for (std::size_t i = 0; i < at_once * heads_; ++i) {
                 const std::size_t token = first + done + i / heads_;
                 load_row(x, token, i % heads_, rows + i * head_dim(), kernels);
-                if (const std::size_t found = zero_nonfinite(rows + i * head_dim(), head_dim()); found != 0) {
+                if (const std::size_t found = zero_nonfinite(rows + i * head_dim(), head_dim(), kernels); found != 0) {
                     report.add({found, 1, token, i % heads_});
                 }
             }
@@ -211,13 +215,26 @@ private:
     /// Numbers of one token.
     [[nodiscard]] std::size_t width() const noexcept { return heads_ * head_dim(); }
 
+    /// Rounds float32 rows; false when a number is not finite, or beyond the exact type.
+    [[nodiscard]] bool round_token(const tensor_view& x, std::size_t token, exact_block<std::uint16_t> out,
+                                   std::size_t to, const kernel_table& kernels) const {
+        bool finite = true;
+        for (std::size_t head = 0; head < heads_; ++head) {
+            finite =
+                round_finite(static_cast<const float*>(x.row(token, head)),
+                             out.data + head * out.head_stride + to * head_dim(), head_dim(), exact_type_, kernels) &&
+                finite;
+        }
+        return finite;
+    }
+
     void copy_exact(const tensor_view& x, std::size_t first, std::size_t count, exact_block<std::uint16_t> out,
-                    encode_report& report) const {
+                    encode_report& report, const kernel_table& kernels) const {
         for (std::size_t token = 0; token < count; ++token) {
             for (std::size_t head = 0; head < heads_; ++head) {
                 std::uint16_t* const to = out.data + head * out.head_stride + token * head_dim();
                 std::memcpy(to, x.row(first + token, head), head_dim() * sizeof(std::uint16_t));
-                if (has_nonfinite(to, head_dim(), exact_type_)) {
+                if (has_nonfinite(to, head_dim(), exact_type_, kernels)) {
                     const std::uint16_t infinity = exact_type_ == dtype::float16 ? 0x7c00U : 0x7f80U;
                     std::size_t found = 0;
                     for (std::size_t i = 0; i < head_dim(); ++i) {

@@ -8,46 +8,23 @@
 #include "rvqkv/simd/convert.hpp"
 #include "rvqkv/simd/kernels.hpp"
 
-#include <bit>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <cstring>
 
 RVQKV_NAMESPACE_BEGIN
 namespace detail {
 
-/// Whether a row holds a NaN or an infinity: adding one to an exponent that is all ones carries into the sign's place.
-/// Four 16-bit numbers, or two of 32 bits, at a time.
-template <class T>
-[[nodiscard]] inline bool has_nonfinite(const T* row, std::size_t count, std::uint64_t magnitudes,
-                                        std::uint64_t carries) noexcept {
-    constexpr std::size_t each = sizeof(std::uint64_t) / sizeof(T);
-    std::uint64_t found = 0;
-    std::size_t i = 0;
-    for (; i + each <= count; i += each) {
-        std::uint64_t word = 0;
-        std::memcpy(&word, row + i, sizeof(word));
-        found |= (word & magnitudes) + carries;
-    }
-    if (i < count) {
-        std::uint64_t word = 0;
-        std::memcpy(&word, row + i, (count - i) * sizeof(T));
-        found |= (word & magnitudes) + carries;
-    }
-    return (found & ~magnitudes) != 0;
-}
-[[nodiscard]] inline bool has_nonfinite(const float* row, std::size_t count) noexcept {
-    return has_nonfinite(row, count, 0x7fffffff7fffffffULL, 0x0080000000800000ULL);
-}
-[[nodiscard]] inline bool has_nonfinite(const std::uint16_t* row, std::size_t count, dtype type) noexcept {
-    return has_nonfinite(row, count, 0x7fff7fff7fff7fffULL,
-                         type == dtype::float16 ? 0x0400040004000400ULL : 0x0080008000800080ULL);
+/// Whether there is a NaN or an infinity among 16-bit numbers.
+[[nodiscard]] inline bool has_nonfinite(const std::uint16_t* row, std::size_t count, dtype type,
+                                        const kernel_table& kernels) noexcept {
+    return type == dtype::float16 ? !kernels.rows.finite_float16(reinterpret_cast<const float16*>(row), count)
+                                  : !kernels.rows.finite_bfloat16(reinterpret_cast<const bfloat16*>(row), count);
 }
 
 /// Replaces NaNs and infinities by 0 and returns how many there were.
-[[nodiscard]] inline std::size_t zero_nonfinite(float* row, std::size_t count) noexcept {
-    if (!has_nonfinite(row, count)) {
+[[nodiscard]] inline std::size_t zero_nonfinite(float* row, std::size_t count, const kernel_table& kernels) noexcept {
+    if (kernels.rows.all_finite(row, count)) {
         return 0;
     }
     std::size_t found = 0;
@@ -60,16 +37,18 @@ template <class T>
     return found;
 }
 
+/// Rounds numbers to a 16-bit type, and returns whether the results are all finite.
+[[nodiscard]] inline bool round_finite(const float* in, std::uint16_t* out, std::size_t count, dtype type,
+                                       const kernel_table& kernels) noexcept {
+    return type == dtype::float16 ? kernels.rows.round_float16(in, reinterpret_cast<float16*>(out), count)
+                                  : kernels.rows.round_bfloat16(in, reinterpret_cast<bfloat16*>(out), count);
+}
+
 /// Rounds finite numbers to a 16-bit type; those beyond its range become its largest.
 inline void round_row(const float* in, std::uint16_t* out, std::size_t count, dtype type,
                       const kernel_table& kernels) noexcept {
     const std::uint16_t infinity = type == dtype::float16 ? 0x7c00U : 0x7f80U;
-    if (type == dtype::float16) {
-        convert(in, reinterpret_cast<float16*>(out), count, kernels);
-    } else {
-        convert(in, reinterpret_cast<bfloat16*>(out), count, kernels);
-    }
-    if (has_nonfinite(out, count, type)) {
+    if (!round_finite(in, out, count, type, kernels)) {
         for (std::size_t i = 0; i < count; ++i) {
             if ((out[i] & 0x7fffU) >= infinity) {
                 out[i] = static_cast<std::uint16_t>((out[i] & 0x8000U) | (infinity - 1U));

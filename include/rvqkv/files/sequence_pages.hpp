@@ -21,6 +21,7 @@
 #include "rvqkv/files/compressed_tensor.hpp"
 #include "rvqkv/files/sequence_table.hpp"
 #include "rvqkv/simd/convert.hpp"
+#include "rvqkv/simd/kernels.hpp"
 
 #include <algorithm>
 #include <charconv>
@@ -137,7 +138,7 @@ inline void scatter_page(const page_format& format, std::span<const std::byte> s
     if (format.is_exact) {
         for (const exact_layout* side : {&format.exact_keys, &format.exact_values}) {
             const std::size_t numbers = (side->end() - side->begin()) / 2;
-            if (has_nonfinite(cache_side::numbers(page + side->begin()), numbers, side->type())) {
+            if (has_nonfinite(cache_side::numbers(page + side->begin()), numbers, side->type(), best_kernels())) {
                 return "an exact number is not finite";
             }
         }

@@ -93,21 +93,20 @@ public:
     /// Paper:         arXiv 2410.15704, section 3; reference code: `quantize` in vqllm/quantizer/utils.py.
     void encode(matrix_view<float> vectors, code_t* codes, code_strides strides, std::span<double> squared_errors = {},
                 const kernel_table& kernels = best_kernels()) const {
-        RVQKV_ASSERT(vectors.cols == book_.dim());
         RVQKV_ASSERT(squared_errors.empty() || squared_errors.size() == book_.depths());
-        constexpr std::size_t chunk = 480;  // whole chunks of the search; 1 KiB of stack
-        code_t chosen[chunk];
-        // Depth is the outer loop: one depth's codebook stays in cache while all vectors pass.
         for (std::size_t depth = 0; depth < book_.depths(); ++depth) {
-            for (std::size_t first = 0; first < vectors.rows; first += chunk) {
-                const std::size_t count = std::min(chunk, vectors.rows - first);
-                const matrix_view<float> part = vectors.slice_rows(first, count);
-                encode_depth(depth, part, {chosen, count}, kernels);
-                for (std::size_t i = 0; i < count; ++i) {
-                    codes[(first + i) * strides.vector + depth * strides.depth] = chosen[i];
-                }
-            }
+            encode_depth(depth, vectors, codes + depth * strides.depth, strides.vector, true, kernels);
             add_squared_errors(vectors, depth, squared_errors);
+        }
+    }
+
+    /// The codes of `encode`, a subtraction sooner: what the last depth leaves is not worked out.
+    /// Shapes, Preconditions, Errors: as `encode`; `vectors` are overwritten, and hold nothing of use in the end.
+    void encode_codes(matrix_view<float> vectors, code_t* codes, code_strides strides,
+                      const kernel_table& kernels = best_kernels()) const {
+        for (std::size_t depth = 0; depth < book_.depths(); ++depth) {
+            encode_depth(depth, vectors, codes + depth * strides.depth, strides.vector, depth + 1 < book_.depths(),
+                         kernels);
         }
     }
 
@@ -162,6 +161,27 @@ public:
     }
 
 private:
+    /// One depth of a batch: depth is the outer loop, so that its codebook stays in cache while all vectors pass.
+    void encode_depth(std::size_t depth, matrix_view<float> vectors, code_t* codes, std::size_t stride, bool subtract,
+                      const kernel_table& kernels) const {
+        RVQKV_ASSERT(vectors.cols == book_.dim());
+        constexpr std::size_t chunk = 480;  // whole chunks of the search; 1 KiB of stack
+        code_t chosen[chunk];
+        for (std::size_t first = 0; first < vectors.rows; first += chunk) {
+            const std::size_t count = std::min(chunk, vectors.rows - first);
+            const matrix_view<float> part = vectors.slice_rows(first, count);
+            const std::span<code_t> found(stride == 1 ? codes + first : chosen, count);
+            if (subtract) {
+                encode_depth(depth, part, found, kernels);
+            } else {
+                nearest_codeword(part, book_.packed(depth), found, {}, kernels);
+            }
+            for (std::size_t i = 0; stride != 1 && i < count; ++i) {
+                codes[(first + i) * stride] = chosen[i];
+            }
+        }
+    }
+
     /// Adds what a depth left to its error, if errors are asked for.
     static void add_squared_errors(matrix_view<const float> left, std::size_t depth, std::span<double> squared_errors) {
         for (std::size_t i = 0; !squared_errors.empty() && i < left.rows; ++i) {

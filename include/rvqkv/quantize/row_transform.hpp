@@ -9,6 +9,7 @@
 #include "rvqkv/core/half.hpp"
 #include "rvqkv/quantize/grouping.hpp"
 #include "rvqkv/quantize/scale.hpp"
+#include "rvqkv/simd/kernels.hpp"
 
 #include <cmath>
 #include <cstddef>
@@ -46,17 +47,28 @@ public:
     /// Scales and groups one head's vector.
     /// Shapes:  `channels` `[head_dim]`, whose NaNs and infinities are replaced by 0; `grouped` `[groups, group_dim]`.
     /// Returns: the scale, as it is stored. The number of replaced values is added to `nonfinite`.
-    float apply(float* channels, float* grouped, std::size_t& nonfinite) const noexcept {
+    float apply(float* channels, float* grouped, std::size_t& nonfinite,
+                const kernel_table& kernels = best_kernels()) const noexcept {
         const std::size_t count = head_dim();
-        for (std::size_t i = 0; i < count; ++i) {
-            if (!std::isfinite(channels[i])) {
-                channels[i] = 0.0F;
-                ++nonfinite;
+        if (!kernels.rows.all_finite(channels, count)) {
+            for (std::size_t i = 0; i < count; ++i) {
+                if (!std::isfinite(channels[i])) {
+                    channels[i] = 0.0F;
+                    ++nonfinite;
+                }
             }
         }
-        const float scale = scale_.is_stored() ? stored_scale(scale_.measure({channels, count}), stored_) : 1.0F;
-        for (std::size_t i = 0; i < count; ++i) {
-            grouped[i] = channels[order_[i]] / scale;
+        const float scale =
+            scale_.is_stored() ? stored_scale(detail::measure(scale_, {channels, count}, kernels), stored_) : 1.0F;
+        switch (dealing_) {
+            case dealing::contiguous: kernels.rows.divide(channels, scale, count, grouped); break;
+            case dealing::strided: kernels.rows.divide_strided(channels, scale, groups(), group_dim_, grouped); break;
+            case dealing::other:
+                for (std::size_t i = 0; i < count; ++i) {
+                    grouped[i] = channels[order_[i]];
+                }
+                kernels.rows.divide(grouped, scale, count, grouped);
+                break;
         }
         return scale;
     }
@@ -74,13 +86,28 @@ private:
           scale_(std::move(scale)),
           grouping_(std::move(grouping)),
           stored_(stored),
-          order_(std::move(order)) {}
+          order_(std::move(order)),
+          dealing_(dealing_of(order_, group_dim)) {}
+
+    /// The orders for which there are kernels.
+    enum class dealing { contiguous, strided, other };
+    [[nodiscard]] static dealing dealing_of(const channel_list& order, std::size_t group_dim) noexcept {
+        const std::size_t groups = order.size() / group_dim;
+        bool contiguous = true;
+        bool strided = true;
+        for (std::size_t i = 0; i < order.size(); ++i) {
+            contiguous = contiguous && order[i] == i;
+            strided = strided && order[i] == i % group_dim * groups + i / group_dim;
+        }
+        return contiguous ? dealing::contiguous : strided ? dealing::strided : dealing::other;
+    }
 
     std::size_t group_dim_;
     [[no_unique_address]] Scale scale_;
     [[no_unique_address]] Grouping grouping_;
     dtype stored_;
     channel_list order_;  // place among the groups -> channel
+    dealing dealing_;
 };
 
 RVQKV_NAMESPACE_END

@@ -6,6 +6,8 @@
 
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/half.hpp"
+#include "rvqkv/simd/kernel_table.hpp"
+#include "rvqkv/simd/row_kernels.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -21,6 +23,7 @@ RVQKV_NAMESPACE_BEGIN
 ///  - `measure(row)` of finite numbers is finite and above zero; a row of zeros gives 1;
 ///  - it follows the row: `measure(c * row) == |c| * measure(row)` within rounding (`is_stored()` policies);
 ///  - a policy that is not stored always measures 1.
+/// A policy that also has `measure(row, kernels)`, which must give the same bits, is measured by that.
 /// `name()` appears in files, reports and benchmarks; `is_stored()` tells whether each vector's scale is kept.
 template <class P>
 concept ScalePolicy = std::semiregular<P> && requires(const P policy, std::span<const float> row) {
@@ -50,37 +53,68 @@ namespace detail {
     return sum;
 }
 
+/// `row_kernels::moments` in plain C++.
+[[nodiscard]] inline row_moments moments_of(const float* row, std::size_t count, float shrink) noexcept {
+    double sums[moment_sums] = {};
+    double squares[moment_sums] = {};
+    const float first = row[0] * shrink;
+    for (std::size_t i = 0; i < count; ++i) {
+        const double difference = static_cast<double>(row[i] * shrink - first);
+        sums[i % moment_sums] += difference;
+        squares[i % moment_sums] += difference * difference;  // exact in double, so no target rounds it differently
+    }
+    for (std::size_t half = moment_sums / 2; half > 0; half /= 2) {
+        for (std::size_t i = 0; i < half; ++i) {
+            sums[i] += sums[i + half];
+            squares[i] += squares[i + half];
+        }
+    }
+    return {sums[0], squares[0]};
+}
+
+/// What a policy measures, by the kernels where it can use them.
+template <ScalePolicy Policy>
+[[nodiscard]] float measure(const Policy& policy, std::span<const float> row, const kernel_table& kernels) noexcept {
+    if constexpr (requires { policy.measure(row, kernels); }) {
+        return policy.measure(row, kernels);
+    } else {
+        return policy.measure(row);
+    }
+}
+
 }  // namespace detail
 
 /// The paper's scale: the unbiased standard deviation over the channels; exactly 0 becomes 1. The mean is measured but
 /// not removed.
-/// Numerics: in double, on differences from the first channel, so that a constant row gives exactly 0.
+/// Numerics: in double, on differences from the first channel, so that a constant row gives exactly 0; added in the
+///           order that `row_kernels::moments` says, at every SIMD level.
 /// Paper:    arXiv 2410.15704, section 3; reference code: `quantize` in vqllm/quantizer/utils.py.
 struct std_dev_scale {
     [[nodiscard]] static constexpr std::string_view name() noexcept { return "std_dev"; }
     [[nodiscard]] static constexpr bool is_stored() noexcept { return true; }
     [[nodiscard]] float measure(std::span<const float> row) const noexcept {
+        return measure_by(row, detail::moments_of);
+    }
+    /// The same bits.
+    [[nodiscard]] float measure(std::span<const float> row, const kernel_table& kernels) const noexcept {
+        return measure_by(row, kernels.rows.moments);
+    }
+
+private:
+    template <class Moments>
+    [[nodiscard]] static float measure_by(std::span<const float> row, const Moments& moments_of) noexcept {
         if (row.size() < 2) {
             return 1.0F;
         }
-        // Shrunk by a power of two, differences of the largest floats stay finite; ordinary rows are left as they are.
-        constexpr float huge = 0x1p126F;
-        float top = 0.0F;
-        for (const float value : row) {
-            top = std::max(top, std::fabs(value));
-        }
-        const float shrink = top > huge ? 0.25F : 1.0F;
-        const float first = row[0] * shrink;
-        double sum = 0.0;
-        double squares = 0.0;
-        for (const float value : row) {
-            const float difference = value * shrink - first;
-            sum += static_cast<double>(difference);
-            squares += static_cast<double>(difference) * static_cast<double>(difference);
+        float shrink = 1.0F;
+        row_moments moments = moments_of(row.data(), row.size(), shrink);
+        if (!std::isfinite(moments.squares)) {  // shrunk, differences of the largest floats stay finite
+            shrink = 0.25F;
+            moments = moments_of(row.data(), row.size(), shrink);
         }
         const double count = static_cast<double>(row.size());
-        const double variance = std::fma(-sum, sum / count, squares) / (count - 1.0);
-        return detail::scale_from(std::sqrt(std::max(variance, 0.0)) / static_cast<double>(shrink));
+        const double variance = std::fma(-moments.sum, moments.sum / count, moments.squares) / (count - 1.0);
+        return detail::scale_from(std::sqrt(std::max(variance, 0.0)) * (shrink == 1.0F ? 1.0 : 4.0));
     }
 };
 
@@ -154,6 +188,10 @@ public:
     }
     [[nodiscard]] float measure(std::span<const float> row) const noexcept {
         return visit([row](const auto& policy) { return policy.measure(row); });
+    }
+    /// The same bits.
+    [[nodiscard]] float measure(std::span<const float> row, const kernel_table& kernels) const noexcept {
+        return visit([&](const auto& policy) { return detail::measure(policy, row, kernels); });
     }
 
 private:

@@ -223,7 +223,7 @@ private:
             const std::size_t head = (first + i) % x.heads();
             load_row(x, token, head, channels, kernels);
             std::size_t nonfinite = 0;
-            const float scale = transform_.apply(channels, grouped + i * head_dim(), nonfinite);
+            const float scale = transform_.apply(channels, grouped + i * head_dim(), nonfinite, kernels);
             if (out.scales != nullptr) {
                 out.scales[first + i] = scale;
             }
@@ -231,8 +231,8 @@ private:
                 found.add({nonfinite, 1, token, head});
             }
         }
-        quantizer_.encode({grouped, count * groups(), codebook().dim()},
-                          out.codes + first * groups() * out.strides.vector, out.strides, {}, kernels);
+        quantizer_.encode_codes({grouped, count * groups(), codebook().dim()},
+                                out.codes + first * groups() * out.strides.vector, out.strides, kernels);
     }
 
     [[nodiscard]] status check(std::size_t channels, const char* what) const {

@@ -135,6 +135,9 @@ struct interleaved {
 inline reg4 add(reg4 a, reg4 b) {
     return _mm_add_ps(a, b);
 }
+inline reg4 subtract(reg4 a, reg4 b) {
+    return _mm_sub_ps(a, b);
+}
 inline interleaved add(interleaved a, interleaved b) {
     return {_mm256_add_ps(a.even, b.even), _mm256_add_ps(a.odd, b.odd)};
 }
@@ -321,6 +324,28 @@ inline void join(float* to, reg even, reg odd) {
 }
 using generic::small_scan;
 inline constexpr const word_row_kernels* word_rows = nullptr;
+
+// What follows is for whole rows (`rows.inl`).
+
+inline constexpr int wide_lanes = 4;
+using wide = __m256d;
+inline void widen(reg value, wide (&doubles)[2]) {
+    doubles[0] = _mm256_cvtps_pd(_mm256_castps256_ps128(value));
+    doubles[1] = _mm256_cvtps_pd(_mm256_extractf128_ps(value, 1));
+}
+inline wide add(wide a, wide b) {
+    return _mm256_add_pd(a, b);
+}
+inline wide fma(wide a, wide b, wide c) {
+    return _mm256_fmadd_pd(a, b, c);
+}
+inline void store(double* to, wide value) {
+    _mm256_storeu_pd(to, value);
+}
+inline bool divide_turned(const float* /*in*/, float /*by*/, std::size_t /*groups*/, std::size_t /*dim*/,
+                          float* /*out*/) {
+    return false;
+}
 
 #include "rvqkv/simd/kernels.inl"
 

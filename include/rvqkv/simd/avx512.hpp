@@ -154,6 +154,12 @@ inline reg8 add(reg8 a, reg8 b) {
 inline reg4 add(reg4 a, reg4 b) {
     return _mm_add_ps(a, b);
 }
+inline reg8 subtract(reg8 a, reg8 b) {
+    return _mm256_sub_ps(a, b);
+}
+inline reg4 subtract(reg4 a, reg4 b) {
+    return _mm_sub_ps(a, b);
+}
 inline void store(float* to, reg8 value) {
     _mm256_storeu_ps(to, value);
 }
@@ -325,6 +331,45 @@ inline void add_pairs(ireg& sums, ireg a, ireg b) {
 #include "rvqkv/simd/word_rows.inl"
 }  // namespace words
 inline constexpr const word_row_kernels* word_rows = &words::word_loops;
+
+// What follows is for whole rows (`rows.inl`).
+
+inline constexpr int wide_lanes = 8;
+using wide = __m512d;
+inline void widen(reg value, wide (&doubles)[2]) {
+    doubles[0] = _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, value, 0));
+    doubles[1] = _mm512_maskz_cvtps_pd(0xff, _mm512_maskz_extractf32x8_ps(0xff, value, 1));
+}
+inline wide add(wide a, wide b) {
+    return _mm512_add_pd(a, b);
+}
+inline wide fma(wide a, wide b, wide c) {
+    return _mm512_fmadd_pd(a, b, c);
+}
+inline void store(double* to, wide value) {
+    _mm512_storeu_pd(to, value);
+}
+/// Sixteen groups of 4 or 8 channels at a time.
+template <int Quads>
+inline void divide_groups(const float* in, float by, std::size_t groups, float* out) {
+    const reg divisor = broadcast(&by);
+    for (std::size_t group = 0; group < groups; group += lanes) {
+        reg channels[Quads][4];
+        RVQKV_UNROLL
+        for (int c = 0; c < 4 * Quads; ++c) {
+            const reg some = load(in + static_cast<std::size_t>(c) * groups + group);
+            channels[c / 4][c % 4] = divide(as_floats(in_store_order(_mm512_castps_si512(some))), divisor);
+        }
+        store_rows(out + group * 4 * Quads, channels);
+    }
+}
+inline bool divide_turned(const float* in, float by, std::size_t groups, std::size_t dim, float* out) {
+    if (groups % lanes != 0 || (dim != 4 && dim != 8)) {
+        return false;
+    }
+    dim == 4 ? divide_groups<1>(in, by, groups, out) : divide_groups<2>(in, by, groups, out);
+    return true;
+}
 
 #include "rvqkv/simd/kernels.inl"
 

@@ -429,6 +429,40 @@ struct small_table {
 
 inline constexpr const word_row_kernels* word_rows = nullptr;
 
+// What follows is for whole rows (`rows.inl`).
+
+inline constexpr int wide_lanes = lanes;
+struct wide {
+    double lane[wide_lanes];
+};
+inline void widen(const reg& value, wide (&doubles)[1]) {
+    for (int i = 0; i < lanes; ++i) {
+        doubles[0].lane[i] = static_cast<double>(value.lane[i]);
+    }
+}
+inline wide add(const wide& a, const wide& b) {
+    wide value;
+    for (int i = 0; i < wide_lanes; ++i) {
+        value.lane[i] = a.lane[i] + b.lane[i];
+    }
+    return value;
+}
+/// For products that are exact.
+inline wide fma(const wide& a, const wide& b, const wide& c) {
+    wide value;
+    for (int i = 0; i < wide_lanes; ++i) {
+        value.lane[i] = a.lane[i] * b.lane[i] + c.lane[i];
+    }
+    return value;
+}
+inline void store(double* to, const wide& value) {
+    std::memcpy(to, value.lane, sizeof value.lane);
+}
+inline bool divide_turned(const float* /*in*/, float /*by*/, std::size_t /*groups*/, std::size_t /*dim*/,
+                          float* /*out*/) {
+    return false;
+}
+
 #include "rvqkv/simd/kernels.inl"
 
 }  // namespace generic

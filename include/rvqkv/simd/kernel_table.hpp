@@ -9,6 +9,7 @@
 #include "rvqkv/core/half.hpp"
 #include "rvqkv/core/simd_level.hpp"
 #include "rvqkv/simd/attention_kernels.hpp"
+#include "rvqkv/simd/row_kernels.hpp"
 #include "rvqkv/simd/small_scan.hpp"
 #include "rvqkv/simd/word_rows.hpp"
 
@@ -121,6 +122,7 @@ struct kernel_table {
     const small_scan_kernels* small_scan;
     /// Attention on rows of 16-bit numbers; null at levels without.
     const word_row_kernels* word_rows;
+    row_kernels rows;
 
     /// The loops for one weight type.
     template <class Weight>

@@ -185,6 +185,28 @@ inline constexpr bool has_lookup = false;
 using generic::small_scan;
 inline constexpr const word_row_kernels* word_rows = nullptr;
 
+// What follows is for whole rows (`rows.inl`).
+
+inline constexpr int wide_lanes = 2;
+using wide = float64x2_t;
+inline void widen(reg value, wide (&doubles)[2]) {
+    doubles[0] = vcvt_f64_f32(vget_low_f32(value));
+    doubles[1] = vcvt_high_f64_f32(value);
+}
+inline wide add(wide a, wide b) {
+    return vaddq_f64(a, b);
+}
+inline wide fma(wide a, wide b, wide c) {
+    return vfmaq_f64(c, a, b);
+}
+inline void store(double* to, wide value) {
+    vst1q_f64(to, value);
+}
+inline bool divide_turned(const float* /*in*/, float /*by*/, std::size_t /*groups*/, std::size_t /*dim*/,
+                          float* /*out*/) {
+    return false;
+}
+
 #include "rvqkv/simd/kernels.inl"
 
 }  // namespace neon
