@@ -98,7 +98,8 @@ public:
         based_ = dealer.take<float>(rows * parts.key_dim);
         grouped_ = dealer.take<float>(rows * parts.key_dim);
         turned_ = dealer.take<float>(rows * parts.key_dim);
-        bias_ = parts.mean.size() == 0 ? mean_bias::scratch() : mean_bias::scratch(parts.bias, parts.plain, rows, dealer);
+        bias_ =
+            parts.mean.size() == 0 ? mean_bias::scratch() : mean_bias::scratch(parts.bias, parts.plain, rows, dealer);
         scores_ = dealer.take<float>(rows * stride_);
         tile_ = dealer.take<float>(tile_tokens * wide);
         sums_ = dealer.take<float>(rows * parts.value_dim);

@@ -168,7 +168,8 @@ inline void split(const float* from, reg& even, reg& odd) {
     odd = both.val[1];
 }
 inline void join(float* to, reg even, reg odd) {
-    vst2q_f32(to, {{even, odd}});
+    const float32x4x2_t both = {{even, odd}};  // the intrinsic is a macro for some compilers
+    vst2q_f32(to, both);
 }
 
 // Decoding knows no other registers here.
