@@ -2,7 +2,8 @@
 /// @file
 /// Scores and weighted sums by small tables against plain arithmetic on the same codes, within the bounds that rounding
 /// the tables and the weights implies; all levels bit for bit alike; what pages hold beside the tokens does no harm.
-#include "rvqkv/attend/small_tables.hpp"
+#include "rvqkv/attend/small_key_tables.hpp"
+#include "rvqkv/attend/small_value_tables.hpp"
 
 #include "support/bits.hpp"
 #include "support/catch.hpp"

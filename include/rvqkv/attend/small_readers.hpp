@@ -4,7 +4,8 @@
 #pragma once
 
 #include "rvqkv/attend/readers.hpp"
-#include "rvqkv/attend/small_tables.hpp"
+#include "rvqkv/attend/small_key_tables.hpp"
+#include "rvqkv/attend/small_value_tables.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/half.hpp"
