@@ -705,7 +705,7 @@ TEST_CASE("c_api: weights of every type make the codec that they make in C++", "
         rvqkv_codec_spec changed = c_spec;
         change(changed);
         handle = reinterpret_cast<rvqkv_codec*>(1);
-        const std::string text =
+        std::string text =
             said([&](auto error) { return rvqkv_codec_create(&changed, numbers.data(), type, count, &handle, error); });
         CHECK(handle == nullptr);
         return text;
@@ -892,7 +892,7 @@ TEST_CASE("c_api: arguments that make no sense are refused by name", "[c_api][un
         rvqkv_cache_config config = default_cache(layers);
         change(config, layers[1]);
         rvqkv_cache* made_here = nullptr;
-        const std::string text = said([&](auto error) { return rvqkv_cache_create(&config, &made_here, error); });
+        std::string text = said([&](auto error) { return rvqkv_cache_create(&config, &made_here, error); });
         const c_cache owner(made_here);
         CHECK((made_here != nullptr) == (text == "ok"));
         return text;
@@ -924,7 +924,7 @@ TEST_CASE("c_api: arguments that make no sense are refused by name", "[c_api][un
         rvqkv_workspace_config with = default_workspace();
         change(with);
         rvqkv_workspace* made_here = nullptr;
-        const std::string text =
+        std::string text =
             said([&](auto error) { return rvqkv_workspace_create(both.c.get(), &with, &made_here, error); });
         const c_workspace owner(made_here);
         CHECK((made_here != nullptr) == (text == "ok"));

@@ -93,7 +93,8 @@ public:
         cursor(const tile_rope& parent, std::byte* scratch) noexcept
             : parent_(&parent),
               exact_(static_cast<double*>(static_cast<void*>(scratch))),
-              floats_(static_cast<float*>(static_cast<void*>(exact_ + 2 * parent.angles_))) {}
+              floats_(scratch == nullptr ? nullptr
+                                         : static_cast<float*>(static_cast<void*>(exact_ + 2 * parent.angles_))) {}
 
         /// Goes to a position without a step from another: what it gives does not depend on where it was.
         void start(std::int64_t position) noexcept {

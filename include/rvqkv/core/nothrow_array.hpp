@@ -18,6 +18,7 @@ namespace detail {
 /// An owning array of default-made elements: where `std::vector` would throw for want of memory, this returns a status.
 template <class T>
 class nothrow_array {
+    // NOLINTBEGIN(bugprone-sizeof-expression): elements may be pointers
     static_assert(alignof(T) <= buffer_alignment);
 
 public:
@@ -55,6 +56,8 @@ public:
     [[nodiscard]] T* end() noexcept { return data() + size(); }
     [[nodiscard]] const T* begin() const noexcept { return data(); }
     [[nodiscard]] const T* end() const noexcept { return data() + size(); }
+
+    // NOLINTEND(bugprone-sizeof-expression)
 
 private:
     aligned_buffer<std::byte> storage_;

@@ -59,7 +59,7 @@ namespace detail {
 struct checksum128 {
     std::uint64_t low = 0;
     std::uint64_t high = 0;
-    friend auto operator<=>(const checksum128&, const checksum128&) = default;
+    friend bool operator==(const checksum128&, const checksum128&) = default;
 
     [[nodiscard]] static checksum128 of(std::span<const std::byte> bytes) noexcept {
         const XXH128_hash_t hash = XXH3_128bits(bytes.data(), bytes.size());

@@ -107,7 +107,7 @@ inline void add_bias_tile(const turning_pairs& table, const float* factors, cons
             even[q][0] = even[q][1] = broadcast(constants + q);
             odd[q][0] = odd[q][1] = constant(0.0F);
         }
-        const float* column = table.functions + first;
+        const float* column = columns == 0 ? nullptr : table.functions + first;
         const float* factor = factors;
         for (std::size_t i = 0; i < columns; ++i, column += 2 * half, factor += 2 * side * span) {
             const reg even0 = keep(load(column));
