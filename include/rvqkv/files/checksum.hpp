@@ -59,7 +59,8 @@ namespace detail {
 struct checksum128 {
     std::uint64_t low = 0;
     std::uint64_t high = 0;
-    friend bool operator==(const checksum128&, const checksum128&) = default;
+    // NOLINTNEXTLINE(modernize-use-nullptr): the comparison's 0 is taken for a pointer
+    friend auto operator<=>(const checksum128&, const checksum128&) = default;
 
     [[nodiscard]] static checksum128 of(std::span<const std::byte> bytes) noexcept {
         const XXH128_hash_t hash = XXH3_128bits(bytes.data(), bytes.size());
