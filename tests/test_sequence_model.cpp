@@ -719,6 +719,12 @@ private:
             if (largest > (is_rounded ? 100.0 : 300.0)) {
                 continue;  // tables, or float32, cannot tell such scores apart
             }
+            if (std::isinf(top)) {  // a query in a gap as wide as its window sees no token
+                for (std::size_t c = 0; c < value_dim; ++c) {
+                    REQUIRE(out[i * value_dim + c] == 0.0F);
+                }
+                continue;
+            }
             double total = 0.0;
             std::vector<double> expected(value_dim, 0.0);
             std::vector<double> sizes(value_dim, 0.0);
