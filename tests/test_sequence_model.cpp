@@ -716,7 +716,7 @@ private:
                 top = std::max(top, scores[j]);
                 largest = std::max(largest, is_rounded ? size : std::fabs(scores[j]));
             }
-            if (largest > (is_rounded ? 100.0 : 300.0)) {
+            if (largest > (is_rounded ? 20.0 : 300.0)) {
                 continue;  // tables, or float32, cannot tell such scores apart
             }
             if (std::isinf(top)) {  // a query in a gap as wide as its window sees no token
