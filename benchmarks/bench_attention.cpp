@@ -56,13 +56,15 @@ public:
 
 private:
     static void fill(std::byte* page, const rvqkv::coded_layout& side, std::mt19937_64& random) {
-        const auto one = rvqkv::to_float16(1.0F);
-        for (std::size_t i = 0; i < side.scale_bytes(); i += sizeof(one)) {
-            std::memcpy(page + side.begin() + i, &one, sizeof(one));
-        }
-        for (std::size_t i = side.row(0, 0, 0); i < side.end(); i += sizeof(std::uint64_t)) {
+        for (std::size_t i = side.begin(); i < side.end(); i += sizeof(std::uint64_t)) {
             const std::uint64_t bits = random();
             std::memcpy(page + i, &bits, sizeof(bits));
+        }
+        const auto one = rvqkv::to_float16(1.0F);
+        for (std::size_t head = 0; side.has_scales() && head < bench::kv_heads; ++head) {
+            for (std::size_t token = 0; token < page_tokens; ++token) {
+                std::memcpy(page + side.scales(head) + token * sizeof(one), &one, sizeof(one));
+            }
         }
     }
 

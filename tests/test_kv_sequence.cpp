@@ -878,10 +878,11 @@ TEST_CASE("kv_sequence: outside their runs, pages hold codes of the codebook and
             continue;
         }
         for (const rvqkv::coded_layout& layout : {run.format->coded_keys, run.format->coded_values}) {
-            for (std::size_t row = 0; row < layout.code_bytes() / layout.row_bytes(); ++row) {
+            const std::size_t places = layout.depths() * layout.groups();
+            for (std::size_t row = 0; row < layout.heads() * places; ++row) {
                 std::array<rvqkv::code_t, 64> codes = {};
-                rvqkv::unpack_codes(run.page + layout.row(0, 0, 0) + row * layout.row_bytes(), 0, 64, layout.bits(),
-                                    codes.data());
+                const std::size_t at = layout.row(0, row / places, 0) + row % places * layout.row_bytes();
+                rvqkv::unpack_codes(run.page + at, 0, 64, layout.bits(), codes.data());
                 CHECK(*std::max_element(codes.begin(), codes.end()) < 5);
             }
         }

@@ -25,7 +25,7 @@ std::shared_ptr<const rvqkv::codec> make_codec(std::size_t head_dim, rvqkv::code
 
 }  // namespace
 
-TEST_CASE("coded_layout: scales by head, then rows of codes, depth outermost", "[cache][unit]") {
+TEST_CASE("coded_layout: a head's scales, then its rows of codes, depth outermost", "[cache][unit]") {
     // 128 tokens x 3 heads x 2 groups of 3-bit codes: a row is 48 bytes, a head's scales 256.
     const auto codec = make_codec(8, {3, 5, 4}, rvqkv::scale_kind::rms, rvqkv::dtype::float16);
     const rvqkv::coded_layout layout(*codec, 3, 128, 3, 64);
@@ -36,13 +36,14 @@ TEST_CASE("coded_layout: scales by head, then rows of codes, depth outermost", "
     CHECK(layout.bits() == 3);
     CHECK(layout.has_scales());
     CHECK(layout.scales(0) == 64);
-    CHECK(layout.scales(2) == 64 + 2 * 256);
+    CHECK(layout.head_bytes() == 256 + 6 * 48);
+    CHECK(layout.scales(2) == 64 + 2 * (256 + 6 * 48));
     CHECK(layout.scale_bytes() == 3 * 256);
     CHECK(layout.row_bytes() == 48);
-    CHECK(layout.row(0, 0, 0) == 64 + 768);
-    CHECK(layout.row(0, 0, 1) == 64 + 768 + 48);
-    CHECK(layout.row(0, 1, 0) == 64 + 768 + 2 * 48);
-    CHECK(layout.row(1, 0, 0) == 64 + 768 + 6 * 48);
+    CHECK(layout.row(0, 0, 0) == 64 + 256);
+    CHECK(layout.row(0, 0, 1) == 64 + 256 + 48);
+    CHECK(layout.row(1, 0, 0) == 64 + 256 + 2 * 48);
+    CHECK(layout.row(0, 1, 0) == layout.scales(1) + 256);
     CHECK(layout.code_bytes() == 3 * 6 * 48);
     CHECK(layout.end() == 64 + 768 + 18 * 48);
 }
@@ -63,14 +64,15 @@ TEST_CASE("coded_layout: takes the codec's bits and not one more, at every width
     }
 }
 
-TEST_CASE("coded_layout: fewer depths are the same side with its end cut off", "[cache][unit]") {
+TEST_CASE("coded_layout: fewer depths are the same pieces with their ends cut off", "[cache][unit]") {
     const auto codec = make_codec(6, {5, 37, 3}, rvqkv::scale_kind::std_dev, rvqkv::dtype::float32);
     const rvqkv::coded_layout whole(*codec, 2, 192, 5, 128);
     for (std::size_t depths = 1; depths <= 5; ++depths) {
         const rvqkv::coded_layout cut(*codec, 2, 192, depths, 128);
-        CHECK(cut.scales(1) == whole.scales(1));
-        CHECK(cut.row(depths - 1, 1, 1) == whole.row(depths - 1, 1, 1));
-        CHECK(cut.end() == whole.row(depths, 0, 0));
+        CHECK(cut.scales(1) == 128 + cut.head_bytes());
+        CHECK(cut.row(depths - 1, 1, 1) - cut.scales(1) == whole.row(depths - 1, 1, 1) - whole.scales(1));
+        CHECK(cut.head_bytes() == whole.row(depths, 0, 0) - whole.scales(0));
+        CHECK(cut.end() == 128 + 2 * cut.head_bytes());
     }
 }
 

@@ -20,6 +20,7 @@
 #include "rvqkv/core/parallel_for.hpp"
 #include "rvqkv/core/simd_level.hpp"
 #include "rvqkv/core/tensor_view.hpp"
+#include "rvqkv/quantize/byte_grid.hpp"
 #include "rvqkv/quantize/codebook.hpp"
 #include "rvqkv/quantize/codec.hpp"
 #include "rvqkv/quantize/grouping.hpp"

@@ -199,8 +199,15 @@ private:
             }
             i = end;
         }
+        const bool edits =
+            options().soft_cap > 0.0F || !options().alibi_slopes.empty() || options().hook.edit != nullptr;
         for (const chunk_piece& part : pieces) {
             const std::int64_t position = part.position() + static_cast<std::int64_t>(part.skip);
+            // Most pieces are seen by every row, all slots of them.
+            if (!edits &&
+                filter_.seen(position, part.tokens, positions_[rows_ - 1], positions_[0]).size() == part.slots) {
+                continue;
+            }
             for (std::size_t row = 0; row < rows_; ++row) {
                 float* const first = scores(row, part);
                 float* const block = first + part.skip;

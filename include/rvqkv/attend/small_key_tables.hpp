@@ -27,9 +27,9 @@ RVQKV_NAMESPACE_BEGIN
 
 /// Scores of queries with the keys that codes stand for, by tables: `<query, codeword>` is worked out once for each
 /// place and codeword, rounded, and what is left for each token is to add up entries. Immutable; any number of threads
-/// may use one, each with scratch memory of its own. Numerics: an entry is rounded to 1/1848 of the widest table's
-/// range; the entries' sum is exact. Scores are the same bits
-///           at every SIMD level.
+/// may use one, each with scratch memory of its own.
+/// Numerics: an entry is rounded to 1/1848 of the widest table's range; the entries' sum is exact. Scores are the same
+///           bits at every SIMD level.
 class small_key_tables {
 public:
     /// Whether there can be tables for such a codebook.
@@ -115,8 +115,8 @@ public:
     }
 
     /// `scores[i * stride + token]`, of query `i` with each token of the tiles, the token's scale included; by the
-    /// first `depths` depths. Scores of tokens that the page does not hold mean nothing, and may be NaN. Preconditions:
-    /// `prepare` filled the scratch memory for as many queries; the tiles' pages have this layout.
+    /// first `depths` depths. Scores of tokens that the page does not hold mean nothing, and may be NaN.
+    /// Preconditions: `prepare` filled the scratch memory for as many queries; the tiles' pages have this layout.
     void scores(page_tiles tiles, const coded_layout& layout, std::size_t head, std::size_t depths, std::size_t queries,
                 float* scores, std::size_t stride, std::byte* scratch,
                 const kernel_table& kernels = best_kernels()) const noexcept {

@@ -67,7 +67,7 @@ struct small_tables_shape {
             to.rows[i] =
                 from.tiles[i].page + layout.row(0, head, 0) + from.tiles[i].tile * tile_tokens / 8 * layout.bits();
         }
-        to.tiles = {to.rows, from.count, ahead,        layout.heads() * groups * layout.row_bytes(), layout.row_bytes(),
+        to.tiles = {to.rows, from.count, ahead,        groups * layout.row_bytes(), layout.row_bytes(),
                     depths,  groups,     layout.bits()};
     }
 

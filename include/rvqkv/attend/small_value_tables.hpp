@@ -13,6 +13,7 @@
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
 #include "rvqkv/core/half.hpp"
+#include "rvqkv/quantize/byte_grid.hpp"
 #include "rvqkv/quantize/codebook.hpp"
 #include "rvqkv/simd/kernels.hpp"
 #include "rvqkv/simd/small_scan.hpp"
@@ -28,9 +29,9 @@
 RVQKV_NAMESPACE_BEGIN
 
 /// Sums of the values that codes stand for, times weights, by tables. Immutable, as `small_key_tables` is.
-/// Numerics: weights are rounded to 1/255 of the largest of 64 (four neighbours in each of 16 tiles); a value to bytes,
-/// or a sum of up to three bytes where
-///           one step would lose more than `most_error`. Sums are the same bits at every SIMD level.
+/// Numerics: weights are rounded to 1/255 of the largest of 64 (four neighbours in each of 16 tiles); values not at all
+///           where each channel lies on a `byte_grid`, else to bytes, or sums of up to three bytes where one step would
+///           lose more than `most_error`. Sums are the same bits at every SIMD level.
 class small_value_tables {
 public:
     /// Error of a value, relative to the standard deviation, for which another plane is made.
@@ -51,14 +52,14 @@ public:
         small_value_tables made(checked.value());
         auto entries = aligned_buffer<std::int8_t>::allocate(shape.depths * shape.dim * made.shape_.slots);
         auto numbers = aligned_buffer<float>::allocate((2 * shape.depths + most_value_planes + 1) * shape.dim);
-        if (!entries || !numbers) {
-            return entries ? numbers.error() : entries.error();
+        auto floats = aligned_buffer<float>::allocate(shape.size());
+        if (!entries || !numbers || !floats) {
+            return !entries ? entries.error() : !numbers ? numbers.error() : floats.error();
         }
         made.entries_ = std::move(entries).value();
         made.numbers_ = std::move(numbers).value();
-        made.build([&](std::size_t depth, std::size_t codeword, std::size_t j) {
-            return to_float(weights[(depth * shape.codewords + codeword) * shape.dim + j]);
-        });
+        std::transform(weights.begin(), weights.end(), floats.value().data(), [](Weight w) { return to_float(w); });
+        made.build(floats.value().span());
         return made;
     }
     [[nodiscard]] std::size_t bytes() const noexcept { return entries_.bytes() + numbers_.bytes(); }
@@ -67,6 +68,9 @@ public:
     [[nodiscard]] float error() const noexcept { return error_; }
     /// The most that a channel of a token can be off, before its scale, beside what rounding the weights loses.
     [[nodiscard]] float worst_error() const noexcept {
+        if (is_exact_) {
+            return 0.0F;
+        }
         const std::size_t dim = shape_.book.dim;
         const float* const steps = numbers_.data() + most_value_planes * dim;
         float worst = 0.0F;
@@ -94,8 +98,7 @@ public:
 
     /// Adds each token of the tiles, by its first `depths` depths, times its scale and `weights[row * stride + token]`.
     /// Preconditions: `begin` came before; the tiles' pages have this layout; weights are not negative, and zero for
-    /// tokens
-    ///                that the page does not hold.
+    ///                tokens that the page does not hold.
     void add(page_tiles tiles, const coded_layout& layout, std::size_t head, std::size_t depths, const float* weights,
              std::size_t stride, std::size_t rows, std::byte* scratch,
              const kernel_table& kernels = best_kernels()) const noexcept {
@@ -183,36 +186,44 @@ private:
         float middle;
         float half;
     };
-    template <class WeightAt>
-    [[nodiscard]] range range_of(WeightAt weight, std::size_t depth, std::size_t j) const {
-        float low = weight(depth, 0, j);
+    [[nodiscard]] float weight(std::span<const float> weights, std::size_t depth, std::size_t codeword,
+                               std::size_t j) const noexcept {
+        return weights[(depth * shape_.book.codewords + codeword) * shape_.book.dim + j];
+    }
+    [[nodiscard]] range range_of(std::span<const float> weights, std::size_t depth, std::size_t j) const noexcept {
+        float low = weight(weights, depth, 0, j);
         float high = low;
         for (std::size_t c = 1; c < shape_.book.codewords; ++c) {
-            low = std::min(low, weight(depth, c, j));
-            high = std::max(high, weight(depth, c, j));
+            low = std::min(low, weight(weights, depth, c, j));
+            high = std::max(high, weight(weights, depth, c, j));
+        }
+        if (is_exact_) {
+            const float step = byte_grid::of(shape_.book, weights, j).step;
+            return {step * byte_grid::middle(low, high, step), 0.5F * high - 0.5F * low};
         }
         return {0.5F * low + 0.5F * high, 0.5F * high - 0.5F * low};
     }
     /// Step of a channel of the plane of depths [first, end): their entries may not leave a byte.
-    template <class WeightAt>
-    [[nodiscard]] float step_of(WeightAt weight, std::size_t first, std::size_t end, std::size_t j) const {
+    [[nodiscard]] float step_of(std::span<const float> weights, std::size_t first, std::size_t end,
+                                std::size_t j) const noexcept {
+        if (is_exact_) {
+            return byte_grid::of(shape_.book, weights, j).step;
+        }
         float half = 0.0F;
         for (std::size_t depth = first; depth < end; ++depth) {
-            half += range_of(weight, depth, j).half;
+            half += range_of(weights, depth, j).half;
         }
         return std::max(half / (127.0F - 0.5F * static_cast<float>(end - first)), 1e-30F);
     }
-    template <class WeightAt>
-    void build(WeightAt weight) {
-        const std::size_t depths = shape_.book.depths;
-        const std::size_t dim = shape_.book.dim;
+    /// The variance of codewords, chosen alike, summed over depths and channels.
+    [[nodiscard]] double signal_of(std::span<const float> weights) const noexcept {
         double signal = 0.0;
-        for (std::size_t depth = 0; depth < depths; ++depth) {
-            for (std::size_t j = 0; j < dim; ++j) {
+        for (std::size_t depth = 0; depth < shape_.book.depths; ++depth) {
+            for (std::size_t j = 0; j < shape_.book.dim; ++j) {
                 double sum = 0.0;
                 double squares = 0.0;
                 for (std::size_t c = 0; c < shape_.book.codewords; ++c) {
-                    const double w = static_cast<double>(weight(depth, c, j));
+                    const double w = static_cast<double>(weight(weights, depth, c, j));
                     sum += w;
                     squares += w * w;
                 }
@@ -220,19 +231,28 @@ private:
                 signal += std::max(squares / count - sum / count * (sum / count), 0.0);
             }
         }
+        return signal;
+    }
+    /// As few planes as are exact enough, and the best of so many.
+    void choose_planes(std::span<const float> weights) noexcept {
+        const std::size_t depths = shape_.book.depths;
+        plane_ends_[0] = depths;
+        planes_ = 1;
+        if (is_exact_) {
+            return;
+        }
         // Noise of the plane of depths [first, end).
         const auto noise = [&](std::size_t first, std::size_t end) {
             double squares = 0.0;
-            for (std::size_t j = 0; j < dim; ++j) {
-                const double step = static_cast<double>(step_of(weight, first, end, j));
+            for (std::size_t j = 0; j < shape_.book.dim; ++j) {
+                const double step = static_cast<double>(step_of(weights, first, end, j));
                 squares += step * step;
             }
             return squares * static_cast<double>(end - first) / 12.0;
         };
+        const double signal = signal_of(weights);
         const double wanted = signal * static_cast<double>(most_error) * static_cast<double>(most_error);
         double least = noise(0, depths);
-        plane_ends_[0] = depths;
-        planes_ = 1;
         for (std::size_t planes = 2; planes <= std::min(most_value_planes, depths) && least > wanted; ++planes) {
             for (std::size_t a = 1; a < depths; ++a) {
                 for (std::size_t b = planes == 2 ? depths : a + 1; b < (planes == 2 ? depths + 1 : depths); ++b) {
@@ -248,33 +268,41 @@ private:
             }
         }
         error_ = signal > 0.0 ? static_cast<float>(std::sqrt(least / signal)) : 0.0F;
-
+    }
+    void build(std::span<const float> weights) noexcept {
+        const std::size_t depths = shape_.book.depths;
+        const std::size_t dim = shape_.book.dim;
+        is_exact_ = true;
+        for (std::size_t j = 0; j < dim; ++j) {
+            is_exact_ = is_exact_ && byte_grid::of(shape_.book, weights, j).step != 0.0F;
+        }
+        choose_planes(weights);
         float* const ratios = numbers_.data();
         float* const steps = ratios + most_value_planes * dim;
         float* const means = steps + dim;
         for (std::size_t j = 0; j < dim; ++j) {
             std::size_t first = planes_ == 1 ? 0 : plane_ends_[planes_ - 2];
-            steps[j] = step_of(weight, first, depths, j);
+            steps[j] = step_of(weights, first, depths, j);
             first = 0;
             for (std::size_t p = 0; p < planes_; ++p) {
-                const float step = step_of(weight, first, plane_ends_[p], j);
+                const float step = step_of(weights, first, plane_ends_[p], j);
                 ratios[p * dim + j] = step / steps[j];
                 for (std::size_t depth = first; depth < plane_ends_[p]; ++depth) {
-                    round_entries(weight, depth, j, step, means);
+                    round_entries(weights, depth, j, step, means);
                 }
                 first = plane_ends_[p];
             }
         }
     }
     /// One channel's entries of one depth, and what they lack on average.
-    template <class WeightAt>
-    void round_entries(WeightAt weight, std::size_t depth, std::size_t j, float step, float* means) {
+    void round_entries(std::span<const float> weights, std::size_t depth, std::size_t j, float step,
+                       float* means) noexcept {
         const std::size_t dim = shape_.book.dim;
-        const float middle = range_of(weight, depth, j).middle;
+        const float middle = range_of(weights, depth, j).middle;
         std::int8_t* const entries = entries_.data() + (depth * dim + j) * shape_.slots;
         double lost = 0.0;
         for (std::size_t c = 0; c < shape_.slots; ++c) {
-            const float w = weight(depth, c < shape_.book.codewords ? c : 0, j);
+            const float w = weight(weights, depth, c < shape_.book.codewords ? c : 0, j);
             const float entry = std::nearbyint((w - middle) / step);
             entries[c] = static_cast<std::int8_t>(entry);
             if (c < shape_.book.codewords) {
@@ -292,6 +320,7 @@ private:
     std::size_t planes_ = 0;
     std::size_t plane_ends_[most_value_planes] = {};
     float error_ = 0.0F;
+    bool is_exact_ = false;  // all channels lie on a byte_grid
 };
 
 RVQKV_NAMESPACE_END

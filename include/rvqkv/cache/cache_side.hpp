@@ -168,7 +168,7 @@ public:
         }
         store_scales(scales, count, page, layout, slot);
         for (std::size_t depth = 0; depth < layout.depths(); ++depth) {
-            store_codes(scratch.codes.data() + depth * plane, count, page + layout.row(depth, 0, 0), layout, slot);
+            store_codes(scratch.codes.data() + depth * plane, count, page, layout, depth, slot);
         }
         return {};
     }
@@ -281,25 +281,28 @@ private:
         }
     }
 
-    /// One depth's codes `[token, head, group]` into its rows, which begin at `rows`, tile by tile. Places of a tile
-    /// that no token takes become 0.
-    void store_codes(const code_t* codes, std::size_t count, std::byte* rows, const coded_layout& layout,
-                     std::size_t slot) const {
-        const std::size_t places = heads_ * layout.groups();
+    /// One depth's codes `[token, head, group]` into the page's rows, tile by tile. Places of a tile that no token
+    /// takes become 0.
+    void store_codes(const code_t* codes, std::size_t count, std::byte* page, const coded_layout& layout,
+                     std::size_t depth, std::size_t slot) const {
+        const std::size_t groups = layout.groups();
+        const std::size_t places = heads_ * groups;
         for (std::size_t first = 0; first < count; first += tile_tokens) {
-            const code_t* const from = codes + first * places;
-            std::byte* const to = rows + (slot + first) / 8 * layout.bits();
             const std::size_t held = std::min(tile_tokens, count - first);
-            if (held == tile_tokens) {
-                pack_rows(from, places, places, layout.bits(), to, layout.row_bytes());
-                continue;
-            }
-            for (std::size_t place = 0; place < places; ++place) {
-                code_t tile[tile_tokens] = {};
-                for (std::size_t i = 0; i < held; ++i) {
-                    tile[i] = from[i * places + place];
+            for (std::size_t head = 0; head < heads_; ++head) {
+                const code_t* const from = codes + first * places + head * groups;
+                std::byte* const to = page + layout.row(depth, head, 0) + (slot + first) / 8 * layout.bits();
+                if (held == tile_tokens) {
+                    pack_rows(from, groups, places, layout.bits(), to, layout.row_bytes());
+                    continue;
                 }
-                pack_codes(tile, tile_tokens, layout.bits(), to + place * layout.row_bytes());
+                for (std::size_t group = 0; group < groups; ++group) {
+                    code_t tile[tile_tokens] = {};
+                    for (std::size_t i = 0; i < held; ++i) {
+                        tile[i] = from[i * places + group];
+                    }
+                    pack_codes(tile, tile_tokens, layout.bits(), to + group * layout.row_bytes());
+                }
             }
         }
     }
@@ -312,11 +315,11 @@ private:
         code_t tile[tile_tokens];
         for (std::size_t depth = 0; depth < depths; ++depth) {
             code_t* const codes = scratch.codes.data() + depth * plane;
-            const std::byte* const rows = page + layout.row(depth, 0, 0);
             for (std::size_t first = 0; first < count; first += tile_tokens) {
                 const std::size_t held = std::min(tile_tokens, count - first);
                 for (std::size_t place = 0; place < places; ++place) {
-                    unpack_codes(rows + place * layout.row_bytes(), slot + first, held, layout.bits(), tile);
+                    const std::size_t row = layout.row(depth, place / layout.groups(), place % layout.groups());
+                    unpack_codes(page + row, slot + first, held, layout.bits(), tile);
                     for (std::size_t i = 0; i < held; ++i) {
                         codes[(first + i) * places + place] = tile[i];
                     }

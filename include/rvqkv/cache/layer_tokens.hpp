@@ -292,9 +292,11 @@ private:
             }
         }
     }
-    /// Scales, and the codes of as many depths as there is room for: they are what a side begins with.
+    /// Scales, and the codes of as many depths as there is room for: they are what a head's piece begins with.
     static void copy_side(const std::byte* from, const coded_layout& layout, std::byte* to, const coded_layout& fewer) {
-        std::memcpy(to + fewer.begin(), from + layout.begin(), fewer.end() - fewer.begin());
+        for (std::size_t head = 0; head < layout.heads(); ++head) {
+            std::memcpy(to + fewer.scales(head), from + layout.scales(head), fewer.head_bytes());
+        }
     }
 };
 

@@ -108,9 +108,10 @@ inline void scatter_page(const page_format& format, std::span<const std::byte> s
                                                      std::size_t page_tokens, const std::byte* page) noexcept {
     code_t codes[tile_tokens];
     const bool all_codes_exist = codewords == std::size_t{1} << side.bits();
-    const std::size_t rows = all_codes_exist ? 0 : side.depths() * side.heads() * side.groups();
+    const std::size_t places = side.depths() * side.groups();
+    const std::size_t rows = all_codes_exist ? 0 : side.heads() * places;
     for (std::size_t row = 0; row < rows; ++row) {
-        const std::byte* const packed = page + side.row(0, 0, 0) + row * side.row_bytes();
+        const std::byte* const packed = page + side.row(0, row / places, 0) + row % places * side.row_bytes();
         for (std::size_t first = 0; first < page_tokens; first += tile_tokens) {
             unpack_codes(packed, first, tile_tokens, side.bits(), codes);
             if (*std::max_element(codes, codes + tile_tokens) >= codewords) {
@@ -120,7 +121,8 @@ inline void scatter_page(const page_format& format, std::span<const std::byte> s
     }
     float scales[tile_tokens];
     for (std::size_t first = 0; side.has_scales() && first < side.heads() * page_tokens; first += tile_tokens) {
-        const std::byte* const from = page + side.scales(0) + first * size_of(side.scale_type());
+        const std::byte* const from =
+            page + side.scales(first / page_tokens) + first % page_tokens * size_of(side.scale_type());
         switch (side.scale_type()) {
             case dtype::float32: std::memcpy(scales, from, sizeof(scales)); break;
             case dtype::float16: convert(reinterpret_cast<const float16*>(from), scales, tile_tokens); break;

@@ -84,8 +84,11 @@ struct rows_ahead {
     const std::byte* first;   // rows to fetch now, `stride` apart,
     const std::byte* second;  // and others
     std::size_t stride;
+    const std::byte* const* tiles;
+    std::size_t offset;
 
     RVQKV_ALWAYS_INLINE void fetch(std::size_t i) const {
+        prefetch(tiles[i] + offset);
         prefetch_far(first + i * stride);
         prefetch_far(second + i * stride);
     }
@@ -116,8 +119,8 @@ inline void add_channels(const std::uint8_t* codes, std::size_t tiles, rows_ahea
         tables.look_up(code_at, first_value, second_value);
         for (std::size_t tile = 0; tile < tiles; ++tile, weight_at += tile_step) {
             ahead.fetch(tile);
-            // One tile ahead, so that products need not wait.
-            code_at += tile + 1 < tiles ? tile_tokens : 0;
+            // One tile ahead, so that products need not wait; behind the last there is room for one that nobody reads.
+            code_at += tile_tokens;
             breg next_first;
             breg next_second;
             tables.look_up(code_at, next_first, next_second);
@@ -152,36 +155,50 @@ inline void add_channels(const std::uint8_t* codes, std::size_t tiles, rows_ahea
     }
 }
 
-/// Shares the rows of the next block out over the calls of `add_channels`.
+/// Shares the rows of the next block out over the calls of `add_channels`: each fetches as many groups of one tile and
+/// depth as there are tiles, or of two.
 class value_prefetcher {
 public:
     value_prefetcher(const code_tiles& tiles, std::size_t calls)
         : tiles_(tiles),
-          parts_((tiles.groups + tiles.count - 1) / tiles.count),
-          units_((tiles.ahead < tiles.count ? tiles.ahead : tiles.count) * tiles.depths * parts_),
-          calls_(calls) {}
-    /// What the next call is to fetch: up to two times as many rows as there are tiles.
+          end_(tiles.count + (tiles.ahead < tiles.count ? tiles.ahead : tiles.count)),
+          tile_(tiles.count),
+          two_((end_ - tile_) * tiles.depths * ((tiles.groups + tiles.count - 1) / tiles.count) > calls) {}
+    void group(std::size_t g) { near_ = g * tiles_.group_stride; near_end_ = near_ + (tiles_.depths - 1) * tiles_.depth_stride; }
+    /// What the next call is to fetch.
     rows_ahead next() {
-        const std::size_t begin = call_ * units_ / calls_;
-        const std::size_t end = ++call_ * units_ / calls_;
-        if (begin == end) {
-            return {tiles_.rows[0], tiles_.rows[0], 0};
-        }
-        return {unit(begin), unit(end - 1), tiles_.group_stride};
+        const std::byte* const first = advance();
+        const std::byte* const second = two_ ? advance() : first;
+        const std::size_t offset = near_;
+        near_ += near_ < near_end_ ? tiles_.depth_stride : 0;
+        return {first, second, tile_ == end_ ? 0 : tiles_.group_stride, tiles_.rows, offset};
     }
 
 private:
-    /// As many groups of one tile and depth as there are tiles.
-    const std::byte* unit(std::size_t i) const {
-        const std::size_t row = i / parts_;
-        return tiles_.row(tiles_.count + row / tiles_.depths, row % tiles_.depths, i % parts_ * tiles_.count);
+    const std::byte* advance() {
+        if (tile_ == end_) {
+            return tiles_.rows[0];
+        }
+        const std::byte* const row = tiles_.row(tile_, depth_, group_);
+        group_ += tiles_.count;
+        if (group_ >= tiles_.groups) {
+            group_ = 0;
+            if (++depth_ == tiles_.depths) {
+                depth_ = 0;
+                ++tile_;
+            }
+        }
+        return row;
     }
 
     const code_tiles& tiles_;
-    std::size_t parts_;
-    std::size_t units_;
-    std::size_t calls_;
-    std::size_t call_ = 0;
+    std::size_t end_;
+    std::size_t tile_;
+    std::size_t depth_ = 0;
+    std::size_t group_ = 0;
+    bool two_;
+    std::size_t near_ = 0;
+    std::size_t near_end_ = 0;
 };
 
 /// What the channels of a group are added to, and by what.
@@ -245,29 +262,35 @@ inline void for_each_sum(const value_tables& tables, std::size_t depths, Body&& 
     }
 }
 
+/// One row of codes of each tile, unpacked.
+template <int Slots>
+RVQKV_ALWAYS_INLINE void unpack_rows(const unpacker<Slots>& codes_of, const std::byte* const* rows, std::size_t tiles,
+                                     std::size_t offset, std::uint8_t* codes) {
+    for (std::size_t i = 0; i < tiles; ++i, codes += tile_tokens) {
+        codes_of.unpack(rows[i] + offset, codes);
+    }
+}
+
 template <int Slots>
 inline void add_values_of(const code_tiles& tiles, const value_tables& tables, std::size_t rows,
                           const std::uint8_t* weights, const float* steps, std::uint8_t* codes, float* sums) {
     const unpacker<Slots> codes_of(tiles.bits);
-    // Tile by tile, as they lie in memory; what follows goes group by group.
-    const std::size_t group_step = tiles.depths * block_tokens + tile_tokens;  // no power of two: it would crowd caches
-    for (std::size_t i = 0; i < tiles.count; ++i) {
-        for (std::size_t depth = 0; depth < tiles.depths; ++depth) {
-            const std::byte* row = tiles.row(i, depth, 0);
-            std::uint8_t* to = codes + depth * block_tokens + i * tile_tokens;
-            for (std::size_t g = 0; g < tiles.groups; ++g) {
-                codes_of.unpack(row, to);
-                row += tiles.group_stride;
-                to += group_step;
-            }
-        }
-    }
+    const std::size_t depths = tiles.depths;
+    const std::size_t count = tiles.count;
+    const std::byte* const* const rows_of = tiles.rows;
+    const std::size_t depth_stride = tiles.depth_stride;
+    const std::size_t group_stride = tiles.group_stride;
     std::size_t sums_of_depths = 0;
     for_each_sum<Slots>(tables, tiles.depths, [&](std::size_t, std::size_t, std::size_t) { ++sums_of_depths; });
     value_prefetcher prefetcher(tiles, tiles.groups * ((tables.dim + 1) / 2) * sums_of_depths);
     for (std::size_t g = 0; g < tiles.groups; ++g) {
-        const value_group group = {
-            codes + g * group_step, tiles.count, rows, weights, steps, sums + g * tables.dim * rows * value_lanes};
+        prefetcher.group(g + 1 < tiles.groups ? g + 1 : g);
+        // Just before they are used: codes of all groups would not stay in L1.
+        for (std::size_t depth = 0; depth < depths; ++depth) {
+            unpack_rows(codes_of, rows_of, count, depth * depth_stride + g * group_stride,
+                        codes + depth * block_tokens);
+        }
+        const value_group group = {codes, tiles.count, rows, weights, steps, sums + g * tables.dim * rows * value_lanes};
         for_each_sum<Slots>(tables, tiles.depths, [&](std::size_t depth, std::size_t count, std::size_t plane) {
             if (count == 3) {
                 add_depths<Slots, 3>(group, tables, depth, plane, prefetcher);
