@@ -22,7 +22,7 @@
 
 namespace {
 
-constexpr std::size_t page_tokens = 64;
+constexpr std::size_t page_tokens = 256;
 
 /// A layer's codes for the longest context.
 class coded_layer {

@@ -34,6 +34,7 @@ struct scene_spec {
     std::size_t heads = 2;
     std::size_t page_tokens = 64;
     std::size_t tiles = 3;
+    bool on_byte_grid = false;  // the codebook is rounded for tables
 };
 
 /// One side of some pages with random codes and scales, and what they stand for.
@@ -41,6 +42,9 @@ class scene {
 public:
     scene(test::random_source& random, const scene_spec& of)
         : spec(of), weights(test::make_weights(random, spec.shape)) {
+        if (spec.on_byte_grid) {
+            rvqkv::round_to_bytes(spec.shape, weights);
+        }
         rvqkv::codec_spec of_codec;
         of_codec.head_dim = spec.head_dim;
         of_codec.shape = spec.shape;
@@ -348,6 +352,32 @@ TEST_CASE("small tables: groups of odd channels, and many planes", "[attend][dif
         spec.shape = shape;
         spec.head_dim = shape.dim * 9;
         check_scene(random, spec, 3, shape.depths);
+    }
+}
+
+TEST_CASE("small tables: codebooks on a byte grid are read exactly, by one plane", "[attend][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(13);
+    const codebook_shape shapes[] = {{3, 128, 8}, {3, 16, 4}, {5, 16, 8},  {1, 40, 16}, {2, 256, 2},
+                                     {6, 9, 1},   {16, 4, 8}, {6, 128, 3}, {4, 64, 8}};
+    for (const codebook_shape& shape : shapes) {
+        scene_spec spec;
+        spec.shape = shape;
+        spec.head_dim = shape.dim * 9;
+        spec.tiles = 18;
+        spec.on_byte_grid = true;
+        scene in(random, spec);
+        const auto values =
+            rvqkv::small_value_tables::create(shape, std::span<const float>(in.weights), spec.head_dim).value();
+        CHECK(values.planes() == 1);
+        CHECK(values.error() == 0.0F);
+        CHECK(values.worst_error() == 0.0F);
+        check_scene(random, spec, random.integer(1, 9), random.integer(1, shape.depths));
+        // One number off the grid, and all channels are rounded as others are.
+        in.weights[shape.size() / 2] += 0.3F;
+        CHECK(rvqkv::small_value_tables::create(shape, std::span<const float>(in.weights), spec.head_dim)
+                  .value()
+                  .worst_error() > 0.0F);
     }
 }
 

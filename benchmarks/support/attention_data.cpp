@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "support/attention_data.hpp"
 
+#include "rvqkv/quantize/byte_grid.hpp"
+
 #include <sys/mman.h>
 #include <algorithm>
 #include <cmath>
@@ -48,10 +50,14 @@ rvqkv::kv_layer_config layer_config(const preset& given) {
     spec.head_dim = head_dim;
     spec.shape = given.shape;
     spec.weight_type = rvqkv::dtype::bfloat16;
-    const auto codec = rvqkv::make_codec(spec, weights(given.shape).span()).value();
+    const auto trained = weights(given.shape).span();
+    std::vector<float> of_values(trained.begin(), trained.end());
+    if (given.shape.codewords <= 256) {
+        rvqkv::round_to_bytes(given.shape, of_values);
+    }
     rvqkv::kv_layer_config config;
-    config.keys = {codec, kv_heads};
-    config.values = {codec, kv_heads};
+    config.keys = {rvqkv::make_codec(spec, trained).value(), kv_heads};
+    config.values = {rvqkv::make_codec(spec, std::span<const float>(of_values)).value(), kv_heads};
     config.query_heads = query_heads;
     config.coding = given.coding;
     if (given.has_mean) {

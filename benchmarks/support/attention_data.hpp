@@ -40,8 +40,8 @@ private:
     std::byte* data_;
 };
 
-/// What a layer's keys and values are coded by, both sides alike. Every codebook has a power of two of codewords: any
-/// bits are codes.
+/// What a layer's keys and values are coded by, both sides alike, but that small codebooks of values are rounded to a
+/// byte grid. Every codebook has a power of two of codewords: any bits are codes.
 struct preset {
     const char* name;
     rvqkv::codebook_shape shape;

@@ -16,9 +16,9 @@
 RVQKV_NAMESPACE_BEGIN
 
 /// One side (the keys or the values) of a page of codes. The layout is the attention scan's, which goes through one
-/// head after the other: all that belongs to a head is one piece of memory. In it, the codes of one place (depth, group)
-/// stand side by side for all tokens of the page, packed at the codec's bits; depth is outermost, so that dropping
-/// trailing depths is cutting the end of each piece off.
+/// head after the other: all that belongs to a head is one piece of memory. In it, the codes of one place (depth,
+/// group) stand side by side for all tokens of the page, packed at the codec's bits; depth is outermost, so that
+/// dropping trailing depths is cutting the end of each piece off.
 ///
 ///     scales(head)            scale of [token], in the codec's scale type; none if it stores none
 ///     row(depth, head, group) codes of [token], `row_bytes()` bytes
@@ -58,9 +58,7 @@ public:
         return scales(head) + head_scale_bytes_ + (depth * groups_ + group) * row_bytes_;
     }
     /// Bytes of what belongs to one head.
-    [[nodiscard]] std::size_t head_bytes() const noexcept {
-        return head_scale_bytes_ + depths_ * groups_ * row_bytes_;
-    }
+    [[nodiscard]] std::size_t head_bytes() const noexcept { return head_scale_bytes_ + depths_ * groups_ * row_bytes_; }
     /// Bytes of one row: the codes of all tokens of the page at one place of one head.
     [[nodiscard]] std::size_t row_bytes() const noexcept { return row_bytes_; }
     /// Bytes of all scales, and of all codes.

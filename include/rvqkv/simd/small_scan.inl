@@ -20,10 +20,6 @@ inline constexpr std::size_t scan_queries = 8;  // whose sums stand on the stack
 RVQKV_ALWAYS_INLINE void prefetch(const std::byte* from) {
     __builtin_prefetch(from);
 }
-/// Into a cache that holds a whole block.
-RVQKV_ALWAYS_INLINE void prefetch_far(const std::byte* from) {
-    __builtin_prefetch(from, 0, 2);
-}
 
 #include "rvqkv/simd/small_keys.inl"
 

@@ -84,13 +84,10 @@ struct rows_ahead {
     const std::byte* first;   // rows to fetch now, `stride` apart,
     const std::byte* second;  // and others
     std::size_t stride;
-    const std::byte* const* tiles;
-    std::size_t offset;
 
     RVQKV_ALWAYS_INLINE void fetch(std::size_t i) const {
-        prefetch(tiles[i] + offset);
-        prefetch_far(first + i * stride);
-        prefetch_far(second + i * stride);
+        prefetch(first + i * stride);
+        prefetch(second + i * stride);
     }
 };
 
@@ -164,14 +161,10 @@ public:
           end_(tiles.count + (tiles.ahead < tiles.count ? tiles.ahead : tiles.count)),
           tile_(tiles.count),
           two_((end_ - tile_) * tiles.depths * ((tiles.groups + tiles.count - 1) / tiles.count) > calls) {}
-    void group(std::size_t g) { near_ = g * tiles_.group_stride; near_end_ = near_ + (tiles_.depths - 1) * tiles_.depth_stride; }
     /// What the next call is to fetch.
     rows_ahead next() {
         const std::byte* const first = advance();
-        const std::byte* const second = two_ ? advance() : first;
-        const std::size_t offset = near_;
-        near_ += near_ < near_end_ ? tiles_.depth_stride : 0;
-        return {first, second, tile_ == end_ ? 0 : tiles_.group_stride, tiles_.rows, offset};
+        return {first, two_ ? advance() : first, tile_ == end_ ? 0 : tiles_.group_stride};
     }
 
 private:
@@ -197,8 +190,6 @@ private:
     std::size_t depth_ = 0;
     std::size_t group_ = 0;
     bool two_;
-    std::size_t near_ = 0;
-    std::size_t near_end_ = 0;
 };
 
 /// What the channels of a group are added to, and by what.
@@ -275,23 +266,23 @@ template <int Slots>
 inline void add_values_of(const code_tiles& tiles, const value_tables& tables, std::size_t rows,
                           const std::uint8_t* weights, const float* steps, std::uint8_t* codes, float* sums) {
     const unpacker<Slots> codes_of(tiles.bits);
+    // Copies: for all that a compiler knows, writing codes could change what the tiles say.
     const std::size_t depths = tiles.depths;
-    const std::size_t count = tiles.count;
-    const std::byte* const* const rows_of = tiles.rows;
+    const std::size_t tile_count = tiles.count;
+    const std::byte* const* const first_rows = tiles.rows;
     const std::size_t depth_stride = tiles.depth_stride;
     const std::size_t group_stride = tiles.group_stride;
     std::size_t sums_of_depths = 0;
-    for_each_sum<Slots>(tables, tiles.depths, [&](std::size_t, std::size_t, std::size_t) { ++sums_of_depths; });
+    for_each_sum<Slots>(tables, depths, [&](std::size_t, std::size_t, std::size_t) { ++sums_of_depths; });
     value_prefetcher prefetcher(tiles, tiles.groups * ((tables.dim + 1) / 2) * sums_of_depths);
     for (std::size_t g = 0; g < tiles.groups; ++g) {
-        prefetcher.group(g + 1 < tiles.groups ? g + 1 : g);
         // Just before they are used: codes of all groups would not stay in L1.
         for (std::size_t depth = 0; depth < depths; ++depth) {
-            unpack_rows(codes_of, rows_of, count, depth * depth_stride + g * group_stride,
+            unpack_rows(codes_of, first_rows, tile_count, depth * depth_stride + g * group_stride,
                         codes + depth * block_tokens);
         }
-        const value_group group = {codes, tiles.count, rows, weights, steps, sums + g * tables.dim * rows * value_lanes};
-        for_each_sum<Slots>(tables, tiles.depths, [&](std::size_t depth, std::size_t count, std::size_t plane) {
+        const value_group group = {codes, tile_count, rows, weights, steps, sums + g * tables.dim * rows * value_lanes};
+        for_each_sum<Slots>(tables, depths, [&](std::size_t depth, std::size_t count, std::size_t plane) {
             if (count == 3) {
                 add_depths<Slots, 3>(group, tables, depth, plane, prefetcher);
             } else if (count == 2) {
