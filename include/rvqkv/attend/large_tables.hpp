@@ -53,7 +53,7 @@ public:
     [[nodiscard]] std::size_t slots() const noexcept { return std::size_t{1} << source().bits_per_code(); }
     [[nodiscard]] static std::size_t fours(std::size_t rows) noexcept { return (rows + 3) / 4; }
     void scales(const coded_tiles& tiles, std::size_t tile, float* out) const noexcept {
-        tile_decoder::load_scales(tiles, tile, *kernels_, out);
+        detail::load_scales(tiles, tile, *kernels_, out);
     }
 
     /// Tiles that are read at a time: tables are read for every such portion anew.

@@ -6,10 +6,13 @@
 
 #include "rvqkv/attend/page_layout.hpp"
 #include "rvqkv/core/config.hpp"
-#include "rvqkv/simd/attention_kernels.hpp"
+#include "rvqkv/core/half.hpp"
+#include "rvqkv/core/row_packing.hpp"
+#include "rvqkv/simd/kernels.hpp"
 
 #include <algorithm>
 #include <cstddef>
+#include <cstring>
 
 RVQKV_NAMESPACE_BEGIN
 
@@ -39,6 +42,28 @@ struct coded_tiles {
     std::size_t head = 0;
     std::size_t depths = 0;  ///< Depths to read, from the first on: at most the layout's.
 };
+
+namespace detail {
+
+/// The stored scales of a tile's tokens, `[tile_tokens]`; 1 where there are none.
+inline void load_scales(const page_tile& tile, const coded_layout& layout, std::size_t head,
+                        const kernel_table& kernels, float* out) noexcept {
+    if (!layout.has_scales()) {
+        std::fill_n(out, tile_tokens, 1.0F);
+        return;
+    }
+    const void* const from = tile.page + layout.scales(head) + tile.tile * tile_tokens * size_of(layout.scale_type());
+    switch (layout.scale_type()) {
+        case dtype::float32: std::memcpy(out, from, tile_tokens * sizeof(float)); break;
+        case dtype::float16: kernels.from_float16(static_cast<const float16*>(from), out, tile_tokens); break;
+        case dtype::bfloat16: kernels.from_bfloat16(static_cast<const bfloat16*>(from), out, tile_tokens); break;
+    }
+}
+inline void load_scales(const coded_tiles& tiles, std::size_t tile, const kernel_table& kernels, float* out) noexcept {
+    load_scales(tiles.tiles.tiles[tile], *tiles.layout, tiles.head, kernels, out);
+}
+
+}  // namespace detail
 
 /// Scores of coded keys. Rows are queries that read the same KV head; their channels are in the codec's order.
 class key_reader {

@@ -9,14 +9,12 @@
 #include "rvqkv/core/bit_packing.hpp"
 #include "rvqkv/core/config.hpp"
 #include "rvqkv/core/error.hpp"
-#include "rvqkv/core/half.hpp"
 #include "rvqkv/quantize/codebook.hpp"
 #include "rvqkv/simd/kernels.hpp"
 #include "rvqkv/simd/small_scan.hpp"
 
 #include <algorithm>
 #include <cstddef>
-#include <cstring>
 #include <string>
 
 RVQKV_NAMESPACE_BEGIN
@@ -78,25 +76,14 @@ struct small_tables_shape {
             return nullptr;
         }
         const std::size_t bytes = tile_tokens * size_of(layout.scale_type());
-        const auto at = [&](std::size_t i) {
-            return from.tiles[i].page + layout.scales(head) + from.tiles[i].tile * bytes;
-        };
         for (std::size_t i = from.count; i < std::min(2 * from.count, from.count + from.ahead); ++i) {
+            const std::byte* const next = from.tiles[i].page + layout.scales(head) + from.tiles[i].tile * bytes;
             for (std::size_t line = 0; line < bytes; line += 64) {
-                __builtin_prefetch(at(i) + line);
+                __builtin_prefetch(next + line);
             }
         }
         for (std::size_t i = 0; i < from.count; ++i) {
-            float* const out = scales + i * tile_tokens;
-            switch (layout.scale_type()) {
-                case dtype::float32: std::memcpy(out, at(i), bytes); break;
-                case dtype::float16:
-                    kernels.from_float16(reinterpret_cast<const float16*>(at(i)), out, tile_tokens);
-                    break;
-                case dtype::bfloat16:
-                    kernels.from_bfloat16(reinterpret_cast<const bfloat16*>(at(i)), out, tile_tokens);
-                    break;
-            }
+            detail::load_scales(from.tiles[i], layout, head, kernels, scales + i * tile_tokens);
         }
         return scales;
     }

@@ -38,32 +38,6 @@ public:
     /// Codes of a tile: `[group, depth, tile_tokens]`.
     [[nodiscard]] std::size_t code_count() const noexcept { return codec_->groups() * codec_->depths() * tile_tokens; }
 
-    /// What rows of tile `tile` are to be multiplied by, `[tile_tokens]`.
-    void scales(const coded_tiles& tiles, std::size_t tile, float* out) const noexcept {
-        load_scales(tiles, tile, *kernels_, out);
-    }
-    /// The stored scales, `[tile_tokens]`; 1 where there are none.
-    static void load_scales(const coded_tiles& tiles, std::size_t tile, const kernel_table& kernels,
-                            float* out) noexcept {
-        const coded_layout& layout = *tiles.layout;
-        if (!layout.has_scales()) {
-            std::fill_n(out, tile_tokens, 1.0F);
-            return;
-        }
-        const page_tile& place = tiles.tiles.tiles[tile];
-        const std::byte* const from =
-            place.page + layout.scales(tiles.head) + place.tile * tile_tokens * size_of(layout.scale_type());
-        switch (layout.scale_type()) {
-            case dtype::float32: std::memcpy(out, from, tile_tokens * sizeof(float)); break;
-            case dtype::float16:
-                kernels.from_float16(static_cast<const float16*>(static_cast<const void*>(from)), out, tile_tokens);
-                break;
-            case dtype::bfloat16:
-                kernels.from_bfloat16(static_cast<const bfloat16*>(static_cast<const void*>(from)), out, tile_tokens);
-                break;
-        }
-    }
-
     /// The codes of tile `tile`.
     void unpack(const coded_tiles& tiles, std::size_t tile, code_t* codes) const noexcept {
         const coded_layout& layout = *tiles.layout;
@@ -168,7 +142,7 @@ public:
         const attention_kernels& kernels = decoder_.kernels().attention;
         for (std::size_t tile = 0; tile < tiles.tiles.count; ++tile) {
             decoder_.unpack(tiles, tile, codes);
-            decoder_.scales(tiles, tile, scales);
+            detail::load_scales(tiles, tile, decoder_.kernels(), scales);
             for (std::size_t first = 0; first < tile_tokens; first += part, out += part) {
                 decoder_.prefetch(tiles, tile, first);
                 decoder_.decode(codes, tiles.depths, first, keys);
@@ -208,7 +182,7 @@ public:
         const attention_kernels& kernels = decoder_.kernels().attention;
         for (std::size_t tile = 0; tile < tiles.tiles.count; ++tile, weights += tile_tokens) {
             decoder_.unpack(tiles, tile, codes);
-            decoder_.scales(tiles, tile, scales);
+            detail::load_scales(tiles, tile, decoder_.kernels(), scales);
             for (std::size_t row = 0; row < rows; ++row) {
                 std::memcpy(scaled + row * tile_tokens, weights + row * weights_stride, tile_tokens * sizeof(float));
                 kernels.multiply(scaled + row * tile_tokens, scales, tile_tokens);

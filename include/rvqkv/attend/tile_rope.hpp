@@ -91,10 +91,7 @@ public:
         }
         cursor() = default;
         cursor(const tile_rope& parent, std::byte* scratch) noexcept
-            : parent_(&parent),
-              exact_(static_cast<double*>(static_cast<void*>(scratch))),
-              floats_(scratch == nullptr ? nullptr
-                                         : static_cast<float*>(static_cast<void*>(exact_ + 2 * parent.angles_))) {}
+            : parent_(&parent), exact_(static_cast<double*>(static_cast<void*>(scratch))) {}
 
         /// Goes to a position without a step from another: what it gives does not depend on where it was.
         void start(std::int64_t position) noexcept {
@@ -107,7 +104,7 @@ public:
         /// Goes where another one is.
         void follow(const cursor& other) noexcept {
             std::copy_n(other.exact_, 2 * parent_->angles_, exact_);
-            std::copy_n(other.floats_, 2 * parent_->angles_, floats_);
+            std::copy_n(other.floats(), 2 * parent_->angles_, floats());
             position_ = other.position_;
             steps_ = other.steps_;
             is_set_ = other.is_set_;
@@ -139,9 +136,10 @@ public:
             }
             is_set_ = true;
             position_ = position;
+            float* const rounded = floats();
             for (std::size_t i = 0; i < angles; ++i) {
-                floats_[i] = static_cast<float>(cosines[i]);
-                floats_[angles + i] = static_cast<float>(-sines[i]);
+                rounded[i] = static_cast<float>(cosines[i]);
+                rounded[angles + i] = static_cast<float>(-sines[i]);
             }
         }
         /// Turns rows back by the position, without the attention factor.
@@ -151,13 +149,18 @@ public:
         /// The same for pairs that stand elsewhere.
         void turn_back(float* rows, std::size_t count, std::size_t stride, const channel_pairs* pairs,
                        std::size_t runs) const noexcept {
-            parent_->kernels_->attention.turn(rows, count, stride, pairs, runs, floats_, floats_ + parent_->angles_, 0);
+            parent_->kernels_->attention.turn(rows, count, stride, pairs, runs, floats(), floats() + parent_->angles_,
+                                              0);
         }
 
     private:
         static constexpr unsigned most_steps = 256;  // rounding errors add up: 2^-44 at most
         static constexpr std::uint64_t longest_way = tile_tokens << step_lengths;
 
+        /// `[2, angles]`: cosines and negated sines.
+        [[nodiscard]] float* floats() const noexcept {
+            return static_cast<float*>(static_cast<void*>(exact_ + 2 * parent_->angles_));
+        }
         /// Turns on by `tile_tokens << length` positions.
         void step(std::size_t length) noexcept {
             const std::size_t angles = parent_->angles_;
@@ -173,8 +176,7 @@ public:
         }
 
         const tile_rope* parent_ = nullptr;
-        double* exact_ = nullptr;  // [2, angles]: cosines and sines
-        float* floats_ = nullptr;  // [2, angles]: cosines and negated sines
+        double* exact_ = nullptr;  // [2, angles]: cosines and sines; behind them `floats`
         std::int64_t position_ = 0;
         unsigned steps_ = 0;
         bool is_set_ = false;

@@ -341,7 +341,7 @@ private:
         const std::size_t dim = decoder_.dim();
         for (std::size_t tile = 0; tile < tiles.tiles.count; ++tile, out += tile_tokens) {
             float scales[tile_tokens];
-            tile_decoder::load_scales(tiles, tile, decoder_.all_kernels(), scales);
+            detail::load_scales(tiles, tile, decoder_.all_kernels(), scales);
             for (float& scale : scales) {
                 scale *= decoder_.step() * turn_.factor;
             }
@@ -381,7 +381,7 @@ public:
         const std::size_t dim = decoder_.dim();
         for (std::size_t tile = 0; tile < tiles.tiles.count; ++tile, weights += tile_tokens) {
             float scales[tile_tokens];
-            tile_decoder::load_scales(tiles, tile, decoder_.all_kernels(), scales);
+            detail::load_scales(tiles, tile, decoder_.all_kernels(), scales);
             for (std::size_t row = 0; row < rows; ++row) {
                 float scaled[tile_tokens];
                 std::memcpy(scaled, weights + row * weights_stride, sizeof(scaled));

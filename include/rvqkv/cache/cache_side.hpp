@@ -293,7 +293,7 @@ private:
                 const code_t* const from = codes + first * places + head * groups;
                 std::byte* const to = page + layout.row(depth, head, 0) + (slot + first) / 8 * layout.bits();
                 if (held == tile_tokens) {
-                    pack_rows(from, groups, places, layout.bits(), to, layout.row_bytes());
+                    pack_rows(from, places, groups, layout.bits(), to, layout.row_bytes());
                     continue;
                 }
                 for (std::size_t group = 0; group < groups; ++group) {
