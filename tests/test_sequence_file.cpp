@@ -587,7 +587,7 @@ TEST_CASE("saved sequence: tables that lie are refused", "[saved][unit]") {
             bytes[table.pages()[page].offset + byte] = static_cast<char>(value);
         });
     };
-    const std::size_t scales = 2 * 64 * 2;
+    const std::size_t scales = 64 * 2;  // of the first head
     REQUIRE(is_refused(load_sequence(cache, bytes_of(spoiled(1, scales + 3, 0xff))), error_code::damaged_file,
                        "layer 0 page 1: a code is not below"));
     REQUIRE(is_refused(load_sequence(cache, bytes_of(spoiled(1, 1, 0xff))), error_code::damaged_file,

@@ -707,14 +707,14 @@ private:
                     model.turned({keys[j].data() + head * key_dim, keys[j].data() + (head + 1) * key_dim},
                                  tokens[first + j].position);
                 double score = 0.0;
-                double size = 0.0;  // what tables round grows with
+                double size = 0.0;  // what rounding grows with
                 for (std::size_t c = 0; c < key_dim; ++c) {
                     score += static_cast<double>(query[c]) * static_cast<double>(key[c]);
                     size += std::fabs(static_cast<double>(query[c]) * static_cast<double>(key[c]));
                 }
                 scores[j] = score / std::sqrt(static_cast<double>(key_dim));
                 top = std::max(top, scores[j]);
-                largest = std::max(largest, is_rounded ? size : std::fabs(scores[j]));
+                largest = std::max(largest, size);
             }
             if (largest > (is_rounded ? 20.0 : 300.0)) {
                 continue;  // tables, or float32, cannot tell such scores apart
