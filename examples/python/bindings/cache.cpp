@@ -115,13 +115,14 @@ public:
             tokens_.attend(layer, q, to, cache_->attention, options, *threads).value();
         });
     }
-    void reconstruct(std::size_t layer, std::size_t first, const array_out* keys, const array_out* values) {
+    void reconstruct(std::size_t layer, std::size_t first, const std::optional<array_out>& keys,
+                     const std::optional<array_out>& values) {
         std::optional<rvqkv::mutable_tensor_view> k;
         std::optional<rvqkv::mutable_tensor_view> v;
-        if (keys != nullptr) {
+        if (keys.has_value()) {
             k = view(*keys, "keys");
         }
-        if (values != nullptr) {
+        if (values.has_value()) {
             v = view(*values, "values");
         }
         cache_->alone([&] {

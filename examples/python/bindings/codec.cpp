@@ -197,15 +197,15 @@ auto quantize(const rvqkv::codec& codec, const array_in& x, nb::object out) {
 }
 
 void straight_through(const rvqkv::codec& codec, const array_in& x, const array_in& gradient_out,
-                      const array_out& gradient_in, const float_array* gradient_loss, const mask_array* mask) {
+                      const array_out& gradient_in, const std::optional<float_array>& gradient_loss,
+                      const std::optional<mask_array>& mask) {
     const rvqkv::tensor_view input = view(x, "x");
     const rvqkv::tensor_view from = view(gradient_out, "gradient_out");
     const rvqkv::mutable_tensor_view to = view(gradient_in, "gradient_in");
     if (from.shape() != input.shape() || to.shape() != input.shape()) {
         fail("gradients must have the shape of the input");
     }
-    const std::span<const float> by_loss =
-        gradient_loss == nullptr ? std::span<const float>() : span_of(*gradient_loss);
+    const std::span<const float> by_loss = !gradient_loss ? std::span<const float>() : span_of(*gradient_loss);
     const std::span<const std::uint8_t> counted = mask_of(mask);
     if ((!by_loss.empty() && by_loss.size() != input.tokens()) ||
         (!counted.empty() && counted.size() != input.tokens())) {

@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <initializer_list>
 #include <memory>
+#include <optional>
 #include <span>
 #include <string>
 #include <string_view>
@@ -72,8 +73,8 @@ template <class T, class... Annotations>
 [[nodiscard]] std::span<const T> span_of(const nb::ndarray<const T, Annotations...>& array) {
     return {array.data(), array.size()};
 }
-[[nodiscard]] inline std::span<const std::uint8_t> mask_of(const mask_array* mask) {
-    return mask == nullptr ? std::span<const std::uint8_t>() : span_of(*mask);
+[[nodiscard]] inline std::span<const std::uint8_t> mask_of(const std::optional<mask_array>& mask) {
+    return !mask ? std::span<const std::uint8_t>() : span_of(*mask);
 }
 
 /// A NumPy array that owns its numbers.

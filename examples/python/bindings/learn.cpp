@@ -119,7 +119,8 @@ rvqkv::ema_config make_ema(double decay, double epsilon, double clamp, double re
 class ema_codec_trainer {
 public:
     ema_codec_trainer(const rvqkv::codec_spec& spec, const float_array& weights, double decay, double epsilon,
-                      double clamp, double revive_below, const float_array* sizes, const float_array* sums) {
+                      double clamp, double revive_below, const std::optional<float_array>& sizes,
+                      const std::optional<float_array>& sums) {
         rvqkv::trainer_config config;
         config.spec = spec;
         config.ema = make_ema(decay, epsilon, clamp, revive_below);
@@ -133,15 +134,15 @@ public:
         copy(state.ema.weights, weights);
         state.ema.embedding_sums = state.ema.weights;
         state.ema.cluster_sizes.assign(spec.shape.depths * spec.shape.codewords, 1.0F);
-        if (sizes != nullptr) {
+        if (sizes.has_value()) {
             copy(state.ema.cluster_sizes, *sizes);
         }
-        if (sums != nullptr) {
+        if (sums.has_value()) {
             copy(state.ema.embedding_sums, *sums);
         }
         trainer_.emplace(rvqkv::codebook_trainer::resume(config, std::move(state)).value());
     }
-    auto accumulate(const array_in& x, const mask_array* mask) {
+    auto accumulate(const array_in& x, const std::optional<mask_array>& mask) {
         const rvqkv::tensor_view input = view(x, "x");
         const std::span<const std::uint8_t> counted = mask_of(mask);
         const rvqkv::batch_report report = without_lock([&] {
@@ -284,8 +285,8 @@ void bind_learn(nb::module_& module) {
 
     nb::class_<ema_codec_trainer>(module, "EmaTrainer",
                                   "EMA training of one codec's codebooks: accumulate micro-batches, then step.")
-        .def(nb::init<const rvqkv::codec_spec&, const float_array&, double, double, double, double, const float_array*,
-                      const float_array*>(),
+        .def(nb::init<const rvqkv::codec_spec&, const float_array&, double, double, double, double,
+                      const std::optional<float_array>&, const std::optional<float_array>&>(),
              nb::arg("spec"), nb::arg("weights"), nb::kw_only(), nb::arg("decay") = 0.99, nb::arg("epsilon") = 1e-5,
              nb::arg("clamp") = 100.0, nb::arg("revive_below") = 0.0, nb::arg("cluster_sizes").none() = nb::none(),
              nb::arg("embedding_sums").none() = nb::none())

@@ -16,7 +16,7 @@ from transformers import DynamicCache
 
 from ._rvqkv import CodecSpec, ModelTrainer
 from .codecs import CodecSet
-from .models import LayerShape, layer_shapes, text_config, turn_back
+from .models import LayerShape, layer_shapes, text_config, turn
 
 Progress = Callable[[str, int, int], None]
 
@@ -184,7 +184,7 @@ class Calibration:
                 if not torch.isfinite(each).all():
                     raise ValueError(f"layer {layer}: {name} of the model hold numbers that are not finite")
             if self.key_coding == "before_rope":
-                keys = turn_back(keys, self.shapes[layer])
+                keys = turn(keys, self.shapes[layer], back=True)
             found.append((keys[0].transpose(0, 1).float().cpu(), values[0].transpose(0, 1).float().cpu()))
 
         start = time.perf_counter()

@@ -40,6 +40,23 @@ class CodecSet:
             return cls.load(codecs)
         return cls(dict(codecs))
 
+    def in_half_split_order(self) -> CodecSet:
+        """Return the same codecs for keys whose rotary pairs are (i, i + head_dim / 2).
+
+        That is how Hugging Face stores keys; GGUF files of the Llama family have (2 i, 2 i + 1), and codecs of keys
+        learned from such keep their groups as permutations.
+        """
+        layers = {}
+        for layer, (key, value) in self.layers.items():
+            fields = key.spec.fields()
+            order = fields["permutation"] or range(key.head_dim)
+            if fields["grouping"] not in ("permuted", "contiguous"):
+                raise ValueError(f"layer {layer}: keys are grouped {fields['grouping']}, which fits no interleaved pairs")
+            half = key.head_dim // 2
+            fields.update(grouping="permuted", permutation=[c // 2 + c % 2 * half for c in order])
+            layers[layer] = (_rvqkv.make_codec(_rvqkv.CodecSpec(**fields), key.weights()), value)
+        return CodecSet(layers, self.metadata)
+
     @property
     def bits_per_value(self) -> float:
         """Bits stored for each number, keys and values of all layers alike."""

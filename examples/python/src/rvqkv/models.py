@@ -12,7 +12,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 # Models whose rotary pairs are (i, i + dims / 2), as Hugging Face stores them.
 HALF_SPLIT = frozenset(
-    "gemma gemma2 gemma3_text llama mistral mixtral olmo2 phi3 qwen2 qwen2_moe qwen3 qwen3_moe smollm3 starcoder2".split()
+    {
+        *("gemma", "gemma2", "gemma3_text", "llama", "mistral", "mixtral", "olmo2", "phi3"),
+        *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3", "starcoder2"),
+    }
 )
 
 
@@ -91,13 +94,14 @@ def layer_shapes(model_or_config: Any, *, with_rope: bool = True) -> list[LayerS
     return shapes
 
 
-def turn_back(keys: torch.Tensor, shape: LayerShape, first_position: int = 0) -> torch.Tensor:
-    """Undo rotary embedding of ``keys`` ``[..., token, channel]``, in float32."""
+def turn(keys: torch.Tensor, shape: LayerShape, first_position: int = 0, *, back: bool = False) -> torch.Tensor:
+    """Turn keys ``[..., token, channel]`` as rotary embedding does, or ``back``, in float32."""
     frequencies = torch.tensor(shape.frequencies, dtype=torch.float64)
     positions = torch.arange(first_position, first_position + keys.shape[-2], dtype=torch.float64)
     angles = positions[:, None] * frequencies
-    cosines = (angles.cos() / shape.attention_factor).float().to(keys.device)
-    sines = (angles.sin() / shape.attention_factor).float().to(keys.device)
+    factor = 1.0 / shape.attention_factor if back else shape.attention_factor
+    cosines = (angles.cos() * factor).float().to(keys.device)
+    sines = (angles.sin() * (-factor if back else factor)).float().to(keys.device)
     half = len(shape.frequencies)
     first, second, rest = keys.float().split([half, half, keys.shape[-1] - 2 * half], dim=-1)
-    return torch.cat([first * cosines + second * sines, second * cosines - first * sines, rest], dim=-1)
+    return torch.cat([first * cosines - second * sines, second * cosines + first * sines, rest], dim=-1)
