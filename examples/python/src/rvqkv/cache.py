@@ -47,6 +47,7 @@ class _Store:
         self.waiting = [False] * len(shapes)
         self.nonfinite = 0
         self._plan: tuple[Any, list[int]] | None = None
+        self._before: tuple[list[KvSequence], list[int]] | None = None  # while a pass of several tokens runs
 
     @property
     def reads_codes(self) -> bool:
@@ -64,16 +65,20 @@ class _Store:
                     f"layer {layer}: {name} have the shape {tuple(each.shape)}, must be "
                     f"[batch, {expected[0]}, token, {expected[1]}]"
                 )
-        if self.waiting[layer]:
+        if layer != 0 and self.waiting[layer - 1]:
+            self.restore()
             raise RuntimeError(
-                f"layer {layer}: its keys were taken, but no attention has read them: this model does not hand the "
+                f"layer {layer - 1}: its keys were taken, but no attention has read them: this model does not hand the "
                 "cache's tensors to its attention function as they are"
             )
+        if layer == 0 and (self.waiting[0] or min(self.columns) != max(self.columns)):
+            self.restore()  # the last pass was broken off outside of the cache
         if not self.sequences:
             self.sequences = [_rvqkv.new_sequence(self.cache) for _ in range(keys.shape[0])]
         if keys.shape[0] != len(self.sequences):
             raise ValueError(
-                f"layer {layer}: a batch of {keys.shape[0]} came, the cache holds one of {len(self.sequences)}: reset() it first"
+                f"layer {layer}: a batch of {keys.shape[0]} came, the cache holds one of {len(self.sequences)}: "
+                "reset() it first"
             )
 
     def append(self, layer: int, row: int, keys: torch.Tensor, values: torch.Tensor) -> None:
@@ -88,10 +93,30 @@ class _Store:
                 stacklevel=2,
             )
 
+    def begin(self, layer: int, tokens: int) -> None:
+        """Note where a pass of several tokens began, of which each may make pages codes."""
+        if layer == 0:
+            self._plan = self._before = None
+            if tokens > 1:
+                self._before = ([sequence.fork() for sequence in self.sequences], list(self.columns))
+
+    def end(self, layer: int) -> None:
+        """Note that a layer has its tokens, the last one of all."""
+        self.waiting[layer] = False
+        if layer == len(self.shapes) - 1:
+            self._before = None
+
     def restore(self) -> None:
-        """Drop what a forward pass that failed has left in some layers."""
+        """Undo a forward pass that failed, in all layers that it has come to.
+
+        A pass of one token is taken back, but a page that it made codes stays so.
+        """
         self.waiting = [False] * len(self.shapes)
         self._plan = None
+        if self._before is not None:
+            (self.sequences, self.columns), self._before = self._before, None
+            self.sequences = self.sequences if self.columns[0] else []
+            return
         self.columns = [min(self.columns)] * len(self.columns)
         for sequence in self.sequences:
             sequence.truncate(min(sequence.tokens(layer) for layer in range(len(self.shapes))))
@@ -104,7 +129,7 @@ class _Store:
         """How many of each sequence's new columns are padding; looked at once for all layers of a pass."""
         columns = self.columns[layer]
         key = (id(padding), tokens, columns)
-        if self._plan is not None and self._plan[0] == key and layer != 0:
+        if self._plan is not None and self._plan[0] == key:
             return self._plan[1]
         rows = len(self.sequences)
         held = [sequence.tokens(layer) for sequence in self.sequences]
@@ -160,7 +185,7 @@ class Handle:
     ) -> torch.Tensor:
         """Store new keys and values ``[batch, head, token, channel]`` and attend on all; ``[batch, token, head, channel]``.
 
-        The cache is as it was before the forward pass when this fails.
+        When this fails, the forward pass is undone.
         """
         store, layer = self.store, self.layer
         try:
@@ -176,7 +201,7 @@ class Handle:
         except BaseException:
             store.restore()
             raise
-        store.waiting[layer] = False
+        store.end(layer)
         return out
 
     def _attend_on_codes(
@@ -234,16 +259,19 @@ class RvqLayer(CacheLayerMixin):
         store, layer = self._store, self._layer
         store.take(layer, key_states, value_states)
         tokens = key_states.shape[2]
+        store.begin(layer, tokens)
         store.columns[layer] += tokens
         if store.reads_codes:
             store.waiting[layer] = True
             key_states.rvqkv = Handle(store, layer)  # type: ignore[attr-defined]
             return key_states, value_states
         try:
-            return self._reconstruct(key_states, value_states)
+            found = self._reconstruct(key_states, value_states)
         except BaseException:
             store.restore()
             raise
+        store.end(layer)
+        return found
 
     def _reconstruct(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         store, layer = self._store, self._layer
@@ -267,8 +295,8 @@ class RvqLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Return the tokens held, padding included."""
-        return self._store.columns[self._layer]
+        """Return the tokens that every layer holds, padding included: those of passes that were not broken off."""
+        return min(self._store.columns)
 
     def get_max_length(self) -> int:
         """Return -1: there is no limit."""
@@ -466,7 +494,8 @@ def check_codecs(model: Any, codecs: CodecSet, shapes: list[LayerShape]) -> None
         for name, codec in zip(("keys", "values"), codecs.layers[layer], strict=True):
             if codec.head_dim != shape.head_dim:
                 raise ValueError(
-                    f"layer {layer}: the codec of {name} is for head_dim {codec.head_dim}, the model's is {shape.head_dim}"
+                    f"layer {layer}: the codec of {name} is for head_dim {codec.head_dim}, the model's is "
+                    f"{shape.head_dim}"
                 )
     made_for = codecs.metadata.get("model.fingerprint")
     if made_for is not None and isinstance(model, torch.nn.Module):

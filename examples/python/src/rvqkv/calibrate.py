@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import DynamicCache
 
@@ -22,11 +23,11 @@ Progress = Callable[[str, int, int], None]
 
 
 def fingerprint(model: torch.nn.Module) -> str:
-    """Tell a model from any other by the projections of its keys; the same whatever type it is loaded in."""
+    """Tell a model from any other by the signs of what projects keys and values: no rounding changes them."""
     digest = hashlib.sha256()
     for name, weight in model.named_parameters():
         if name.endswith(("k_proj.weight", "v_proj.weight", "qkv_proj.weight")):
-            digest.update(weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy().tobytes())
+            digest.update(np.packbits(torch.signbit(weight.detach()).cpu().numpy()).tobytes())
     return digest.hexdigest()[:16]
 
 
