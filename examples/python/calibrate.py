@@ -5,27 +5,30 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
+
+import torch
 
 import common
 from rvqkv import Calibration
 
 
 def calibrate(
-    model: object,
-    windows: list,  # type: ignore[type-arg]
+    model: Any,
+    windows: list[torch.Tensor],
     *,
     codewords: int,
     depths: int,
     state: Path | None = None,
     resume: bool = False,
-    **options: object,
+    **options: Any,
 ) -> Calibration | None:
     """Read, cluster; None if it was interrupted, and ``state`` then holds what was done."""
     progress = common.Progress()
     if resume and state is not None and state.exists():
-        calibration = Calibration.resume(model, state)  # type: ignore[arg-type]
+        calibration = Calibration.resume(model, state)
     else:
-        calibration = Calibration(model, codewords=codewords, depths=depths, **options)  # type: ignore[arg-type]
+        calibration = Calibration(model, codewords=codewords, depths=depths, **options)
         try:
             calibration.observe(windows, progress=progress)
         except KeyboardInterrupt:

@@ -70,8 +70,8 @@ def windows(tokens: torch.Tensor, length: int, count: int, *, first: int = 0, wh
     cut = [tokens[i : i + length] for i in range(first, len(tokens) - length + 1, length)][:count]
     if not cut:
         raise SystemExit(
-            f"the {what} has {max(0, len(tokens) - first)} tokens, fewer than one window of {length}: give a longer text, "
-            "or a smaller --window"
+            f"the {what} has {max(0, len(tokens) - first)} tokens, fewer than one window of {length}: give a longer "
+            "text, or a smaller --window"
         )
     return cut
 

@@ -6,17 +6,17 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import torch
+from transformers import QuantizedCache
+
+import common
 from rvqkv import CodecSet, RvqCache, make_codec
 from rvqkv._rvqkv import CodecSpec
-from transformers import DynamicCache, QuantizedCache
 
-MakeCache = Callable[[], Any]
 CHUNK = 16  # tokens at a time where each is to see its latest predecessors exactly
 
 
@@ -88,7 +88,7 @@ def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rival
     def add(prefix: str, book: CodecSet, depth: int, suffix: str, chunk: int | None, **options: Any) -> None:
         cut = fewer_depths(book, depth)
         words = next(iter(book.layers.values()))[0].codewords
-        made: MakeCache = lambda: RvqCache(model, cut, prefill="codes", **options)  # noqa: E731
+        made = partial(RvqCache, model, cut, prefill="codes", **options)
         found[f"{prefix}-{words}x{depth}{suffix}"] = (cut.bits_per_value, made, chunk, "rvqkv")
 
     for book, wanted in zip(books, depths, strict=True):
@@ -99,15 +99,10 @@ def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rival
     if rivals:
         for backend in ("quanto", "hqq"):
             for bits in (4, 2):
-                made: MakeCache = lambda backend=backend, bits=bits: QuantizedCache(  # noqa: E731
-                    backend, model.config, nbits=bits, axis_key=_axis(backend), axis_value=_axis(backend)
-                )
+                axis = 0 if backend == "quanto" else 1
+                made = partial(QuantizedCache, backend, model.config, nbits=bits, axis_key=axis, axis_value=axis)
                 found[f"transformers-{backend}-{bits}bit"] = (bits + 0.5, made, CHUNK, "sdpa")
     return found
-
-
-def _axis(backend: str) -> int:
-    return 0 if backend == "quanto" else 1
 
 
 def evaluate(model: Any, windows: list[torch.Tensor], chosen: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -143,7 +138,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.insert(0, [*head, "seconds"])
     wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, wide, strict=True)))
+        "  ".join(
+            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, wide, strict=True))
+        )
         for line in lines
     )
 

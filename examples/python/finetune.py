@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-import common
 import torch
+
+import common
 from rvqkv import CodecSet
 from rvqkv.training import LayerQuantizers
 

@@ -10,15 +10,17 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import common
 import psutil
 import torch
+from transformers import DynamicCache, QuantizedCache
+
+import common
 from rvqkv import Calibration, CodecSet, RvqCache
 from rvqkv.models import LayerShape, turn
-from transformers import DynamicCache, QuantizedCache
 
 Tensors = list[tuple[torch.Tensor, torch.Tensor]]
 
@@ -139,20 +141,12 @@ def main() -> None:
         }
         for book in books:
             key = book.layers[0][0]
-            caches[f"rvqkv-{key.codewords}x{key.depths}"] = (
-                lambda book=book: RvqCache(model, book, prefill="codes"),
-                "rvqkv",
-                torch.float32,
-            )
+            made = partial(RvqCache, model, book, prefill="codes")
+            caches[f"rvqkv-{key.codewords}x{key.depths}"] = (made, "rvqkv", torch.float32)
         if args.rivals:
             for backend, axis in (("quanto", 0), ("hqq", 1)):
-                caches[f"transformers-{backend}-4bit"] = (
-                    lambda backend=backend, axis=axis: QuantizedCache(
-                        backend, model.config, nbits=4, axis_key=axis, axis_value=axis
-                    ),
-                    "sdpa",
-                    torch.float32,
-                )
+                quantized = partial(QuantizedCache, backend, model.config, nbits=4, axis_key=axis, axis_value=axis)
+                caches[f"transformers-{backend}-4bit"] = (quantized, "sdpa", torch.float32)
         caches["dynamic-bfloat16"] = (DynamicCache, "sdpa", torch.bfloat16)
         rows += measure(model, caches, found, length, args.steps)
         model.to(torch.float32)

@@ -262,7 +262,12 @@ void bind_codec(nb::module_& module) {
         .def_prop_ro("head_dim", [](const rvqkv::codec_spec& spec) { return spec.head_dim; })
         .def_prop_ro("bits_per_value", &rvqkv::codec_spec::bits_per_value, "Bits stored for each channel.")
         .def("fields", &spec_dict, "All fields by name.")
-        .def("__eq__", [](const rvqkv::codec_spec& a, const rvqkv::codec_spec& b) { return a == b; })
+        .def(
+            "__eq__",
+            [](const rvqkv::codec_spec& a, nb::handle b) {
+                return nb::isinstance<rvqkv::codec_spec>(b) && a == nb::cast<const rvqkv::codec_spec&>(b);
+            },
+            nb::sig("def __eq__(self, other: object, /) -> bool"))
         .def("__repr__", [](const rvqkv::codec_spec& spec) {
             return "CodecSpec(" + nb::cast<std::string>(nb::str(spec_dict(spec))) + ")";
         });

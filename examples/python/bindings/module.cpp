@@ -62,7 +62,7 @@ std::shared_ptr<const rvqkv::executor> workers() {
 NB_MODULE(_rvqkv, module) {
     namespace nb = nanobind;
     module.doc() = "Residual vector quantization of key/value caches: the C++ library, as Python sees it.";
-    module.attr("__version__") = RVQKV_VERSION_STRING;
+    module.attr("version") = RVQKV_VERSION_STRING;
     nb::set_leak_warnings(false);  // what a program still holds when it ends is no leak
     nb::register_exception_translator([](const std::exception_ptr& thrown, void*) {
         try {

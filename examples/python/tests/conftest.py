@@ -7,10 +7,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import numpy as np
 import pytest
-import rvqkv
 import torch
-from rvqkv.calibrate import Calibration
 from transformers import LlamaConfig, LlamaForCausalLM
+
+import rvqkv
+from rvqkv.calibrate import Calibration
 
 torch.set_num_threads(1)
 rvqkv.set_threads(2)

@@ -4,11 +4,12 @@
 import copy
 
 import pytest
-import rvqkv
 import torch
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
+
+import rvqkv
 from conftest import tiny_model
 from rvqkv.cache import RvqCache
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel
 
 
 def forward(model, ids, cache=None, **more):
@@ -233,7 +234,9 @@ def test_sliding_windows(tokens, codecs):
     torch.manual_seed(0)
     source = tiny_model()
     fields = source.config.to_dict()
-    config = MistralConfig(**{name: fields[name] for name in fields if name in MistralConfig().to_dict()} | {"model_type": "mistral"})
+    config = MistralConfig(
+        **{name: fields[name] for name in fields if name in MistralConfig().to_dict()} | {"model_type": "mistral"}
+    )
     config.sliding_window = 96
     model = MistralForCausalLM(config).eval()
     model.load_state_dict(source.state_dict())

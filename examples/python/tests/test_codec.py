@@ -5,8 +5,9 @@ import gc
 
 import numpy as np
 import pytest
-import rvqkv
 import torch
+
+import rvqkv
 
 
 def make(rng, head_dim=32, group_dim=16, depths=3, codewords=32, **options):
@@ -65,7 +66,9 @@ def test_packed_tensors_hold_what_bits_per_value_says(rng):
     assert packed.nbytes * 8 == codec.bits_per_value * x.numel()
     codes, scales = codec.encode(x)
     np.testing.assert_array_equal(packed.reconstruct(), codec.decode(codes, scales))
-    np.testing.assert_array_equal(packed.reconstruct(first_token=100, depths=2), codec.decode(codes, scales, depths=2)[100:])
+    np.testing.assert_array_equal(
+        packed.reconstruct(first_token=100, depths=2), codec.decode(codes, scales, depths=2)[100:]
+    )
 
 
 def test_a_packed_tensor_keeps_its_codec(rng):

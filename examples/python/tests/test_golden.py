@@ -5,10 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import rvqkv
 import torch
-from rvqkv.autograd import Quantizer, straight_through
 from safetensors import safe_open
+
+import rvqkv
+from rvqkv.autograd import Quantizer, straight_through
 
 FOLDER = Path(__file__).resolve().parents[3] / "tests" / "golden"
 FILES = sorted(FOLDER.glob("*.safetensors"))

@@ -20,7 +20,6 @@ from ._rvqkv import (
     LayerConfig,
     ModelTrainer,
     ResidualQuantizer,
-    __version__,
     compress,
     kmeans,
     make_codec,
@@ -29,6 +28,7 @@ from ._rvqkv import (
     simd_level,
     threads,
 )
+from ._rvqkv import version as __version__
 from .codecs import CodecSet
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Imports the parts that need PyTorch or Transformers."""
+    """Import the parts that need PyTorch or Transformers."""
     if name not in _LAZY:
         raise AttributeError(f"module 'rvqkv' has no attribute '{name}'")
     return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -28,9 +28,7 @@ class _StraightThrough(torch.autograd.Function):
         return out.to(x.device), torch.from_numpy(losses).to(x.device)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, by_out: torch.Tensor, by_losses: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, by_out: torch.Tensor, by_losses: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         (host,) = ctx.saved_tensors
         gradient = torch.empty(host.shape, dtype=host.dtype)
         by_losses = _on_host(by_losses).float().contiguous()
@@ -49,7 +47,7 @@ def straight_through(
     """
     rows = x.reshape(-1, x.shape[-2], x.shape[-1])
     counted = None if mask is None else _on_host(mask).reshape(-1).to(torch.uint8)
-    out, losses = _StraightThrough.apply(rows, codec, counted)  # type: ignore[no-untyped-call]
+    out, losses = _StraightThrough.apply(rows, codec, counted)
     return out.reshape(x.shape), losses.reshape(x.shape[:-2])
 
 

@@ -183,9 +183,9 @@ class Handle:
         scaling: float | None,
         soft_cap: float | None,
     ) -> torch.Tensor:
-        """Store new keys and values ``[batch, head, token, channel]`` and attend on all; ``[batch, token, head, channel]``.
+        """Store new keys and values ``[batch, head, token, channel]`` and attend on all.
 
-        When this fails, the forward pass is undone.
+        Gives ``[batch, token, head, channel]``.         When this fails, the forward pass is undone.
         """
         store, layer = self.store, self.layer
         try:
@@ -263,7 +263,7 @@ class RvqLayer(CacheLayerMixin):
         store.columns[layer] += tokens
         if store.reads_codes:
             store.waiting[layer] = True
-            key_states.rvqkv = Handle(store, layer)  # type: ignore[attr-defined]
+            key_states.rvqkv = Handle(store, layer)
             return key_states, value_states
         try:
             found = self._reconstruct(key_states, value_states)
@@ -326,6 +326,7 @@ class RvqCache(Cache):
 
     Raises ``ValueError`` for codecs of another model, ``NotImplementedError`` for models whose cache is of another
     kind.
+
     """
 
     def __init__(

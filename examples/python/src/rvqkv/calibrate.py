@@ -59,6 +59,7 @@ class Calibration:
         sample: most vectors that k-means sees of each layer and side; memory does not grow beyond it.
         iterations: of k-means.
         seed: of every random choice.
+
     """
 
     def __init__(
@@ -137,7 +138,7 @@ class Calibration:
 
     def train(self, windows: Iterable[torch.Tensor]) -> float:
         """One EMA step over windows (micro-batches); the mean commitment loss of keys and values."""
-        losses = []
+        losses: list[float] = []
         for window in windows:
             for layer, (keys, values) in enumerate(self.capture(window)):
                 losses.extend(self.trainer.accumulate(layer, keys, values))

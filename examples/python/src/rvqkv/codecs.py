@@ -51,7 +51,9 @@ class CodecSet:
             fields = key.spec.fields()
             order = fields["permutation"] or range(key.head_dim)
             if fields["grouping"] not in ("permuted", "contiguous"):
-                raise ValueError(f"layer {layer}: keys are grouped {fields['grouping']}, which fits no interleaved pairs")
+                raise ValueError(
+                    f"layer {layer}: keys are grouped {fields['grouping']}, which fits no interleaved pairs"
+                )
             half = key.head_dim // 2
             fields.update(grouping="permuted", permutation=[c // 2 + c % 2 * half for c in order])
             layers[layer] = (_rvqkv.make_codec(_rvqkv.CodecSpec(**fields), key.weights()), value)
