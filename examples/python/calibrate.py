@@ -29,15 +29,19 @@ def calibrate(
         calibration = Calibration.resume(model, state)
     else:
         calibration = Calibration(model, codewords=codewords, depths=depths, **options)
-        try:
-            calibration.observe(windows, progress=progress)
-        except KeyboardInterrupt:
-            return None
-    if not calibration.trainer.initialized and not calibration.initialize(progress=progress):
-        if state is not None:
-            calibration.save(state)
-        return None
-    return calibration
+    done = calibration.trainer.initialized
+    try:
+        unread = windows[calibration.tokens // len(windows[0]) :]
+        if not done and unread:
+            calibration.observe(unread, progress=progress)
+        done = done or calibration.initialize(progress=progress)
+    except KeyboardInterrupt:
+        done = False
+    if done:
+        return calibration
+    if state is not None:
+        calibration.save(state)
+    return None
 
 
 def main() -> None:

@@ -101,7 +101,8 @@ def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rival
             for bits in (4, 2):
                 axis = 0 if backend == "quanto" else 1
                 made = partial(QuantizedCache, backend, model.config, nbits=bits, axis_key=axis, axis_value=axis)
-                found[f"transformers-{backend}-{bits}bit"] = (bits + 0.5, made, CHUNK, "sdpa")
+                stored = bits + 2 * 8 * model.dtype.itemsize / 64  # a scale and a shift for every 64 numbers
+                found[f"transformers-{backend}-{bits}bit"] = (stored, made, CHUNK, "sdpa")
     return found
 
 
@@ -157,6 +158,7 @@ def main() -> None:
     parser.add_argument(
         "--interleaved", action="store_true", help="the codecs were made of a GGUF file by llama.cpp: turn their order"
     )
+    parser.add_argument("--only", help="only methods whose names begin so, such as paper")
     parser.add_argument("--rivals", action="store_true", help="Transformers' own quantized caches, too")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args()
@@ -169,6 +171,8 @@ def main() -> None:
     if len(depths) != len(books):
         raise ValueError(f"--depths is given {len(depths)} times, there are {len(books)} codec files")
     chosen = methods(model, books, depths, rivals=args.rivals)
+    if args.only:
+        chosen = {name: method for name, method in chosen.items() if name.startswith(args.only)}
     rows = evaluate(model, common.windows(tokens, args.window, args.windows), chosen)
     print(table(rows))
     if args.json is not None:

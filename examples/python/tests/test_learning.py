@@ -109,7 +109,7 @@ def test_an_interrupt_loses_nothing(model, tokens, tmp_path):
         return [codec.fingerprint for pair in calibration.codecs().layers.values() for codec in pair]
 
     whole = small(model)
-    whole.observe([tokens[:512]])
+    whole.observe([tokens[:256], tokens[256:512]])
     assert whole.initialize()
 
     def interrupt(phase, at, total):
@@ -117,7 +117,12 @@ def test_an_interrupt_loses_nothing(model, tokens, tmp_path):
             _thread.interrupt_main()
 
     broken = small(model)
-    broken.observe([tokens[:512]])
+    with pytest.raises(KeyboardInterrupt):
+        broken.observe([tokens[:256], tokens[256:512]], progress=lambda *at: _thread.interrupt_main())
+    assert broken.tokens == 256
+    broken.save(tmp_path / "state")
+    broken = Calibration.resume(model, tmp_path / "state")
+    broken.observe([tokens[256:512]])
     assert not broken.initialize(progress=interrupt)
     broken.save(tmp_path / "state")
     other = Calibration.resume(model, tmp_path / "state")

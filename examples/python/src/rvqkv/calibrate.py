@@ -102,17 +102,22 @@ class Calibration:
     def observe(self, windows: Iterable[torch.Tensor], *, progress: Progress | None = None) -> None:
         """Offer the keys and values of token windows ``[token]`` to the samples.
 
-        Raises ``ValueError`` for activations that are not finite; the samples are as before that window then.
+        Raises ``ValueError`` for activations that are not finite; the samples are as before that window then. An
+        interrupt waits for the window at work: ``tokens`` says how many have been read, ``save`` keeps them.
         """
         batches = list(windows)
         for number, window in enumerate(batches):
-            for layer, (keys, values) in enumerate(self.capture(window)):
+            with _interrupts() as interrupted:
+                found = self.capture(window)
                 start = time.perf_counter()
-                self.trainer.observe(layer, keys, values)
+                for layer, (keys, values) in enumerate(found):
+                    self.trainer.observe(layer, keys, values)
                 self.seconds["training"] += time.perf_counter() - start
-            self.tokens += len(window)
+                self.tokens += len(window)
             if progress is not None:
                 progress("reading", number + 1, len(batches))
+            if interrupted():
+                raise KeyboardInterrupt
 
     def initialize(self, *, progress: Progress | None = None) -> bool:
         """Run k-means for all layers; whether it is through.
