@@ -40,6 +40,10 @@ def load_model(path: str | None = None, dtype: torch.dtype = torch.float32) -> t
     folder, more = (where.parent, {"gguf_file": where.name}) if where.is_file() else (where, {})
     tokenizer = AutoTokenizer.from_pretrained(folder, **more)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+    if where.is_file():  # its weights have been expanded, and can be saved as any others
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
     model.config._name_or_path = where.stem
     return model.eval(), tokenizer
 
