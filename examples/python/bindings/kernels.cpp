@@ -1,0 +1,2 @@
+// SPDX-License-Identifier: MIT
+#include <rvqkv/simd/compile_kernels.hpp>

