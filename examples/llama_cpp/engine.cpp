@@ -269,7 +269,7 @@ decoder::decoder(const loaded_model& model, const cache_format& format, std::siz
     options.type_k = format.type;
     options.type_v = format.type;
     options.flash_attn_type = format.flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
-    options.swa_full = true;  // cells are then positions, and every layer holds every token
+    options.swa_full = format.holds_all;
     options.no_perf = true;
     if (tap != nullptr) {
         options.cb_eval = &kv_tap::callback;

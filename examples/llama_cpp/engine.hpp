@@ -69,6 +69,8 @@ struct cache_format {
     ggml_type type = GGML_TYPE_F32;
     bool flash_attention = false;
     bool rotated = true;  ///< Whether llama.cpp may rotate heads before it quantizes them.
+    /// Whether layers with a sliding window hold every token, so that cells are positions.
+    bool holds_all = true;
 };
 
 /// Tokens that are read at a time.

@@ -78,6 +78,8 @@ int run(int argc, char** argv) {
     app.get_formatter()->column_width(34);
     llama_example::add_calibrate(app);
     llama_example::add_evaluate(app);
+    llama_example::add_save(app);
+    llama_example::add_memory(app);
     app.footer(
         "Exit codes: 0 done, 1 failed, 2 the command line makes no sense, 130 interrupted (calibration is saved).\n\n"
         "Example:\n"

@@ -5,6 +5,7 @@
 
 #include <ggml-cpu.h>
 
+#include <algorithm>
 #include <charconv>
 #include <chrono>
 #include <cmath>
@@ -107,39 +108,54 @@ rvqkv::rope_config measure(const ggml_tensor& node) {
 /// Collects what the graph has; wants no data.
 struct graph_survey {
     model_attention layers;
+    std::size_t context_tokens = 0;
+    std::size_t window = 0;
     std::exception_ptr failure;
 
     static bool callback(ggml_tensor* node, bool ask, void* self) {
+        graph_survey& survey = *static_cast<graph_survey*>(self);
         if (ask) {
-            static_cast<graph_survey*>(self)->note(*node);
+            try {
+                survey.note(*node);
+            } catch (...) {
+                survey.failure = std::current_exception();
+            }
         }
         return false;
     }
     void note(const ggml_tensor& node) {
-        try {
-            std::size_t layer = 0;
-            if (parse_layer(node.name, "Kcur-", layer) && layer < layers.size()) {
-                attention_layer& found = layers[layer];
-                const bool is_rope = node.op == GGML_OP_ROPE;
-                const ggml_tensor& keys = is_rope ? *node.src[0] : node;
-                if (is_rope && std::strlen(keys.name) != 0) {
-                    found.turns = true;
-                    found.rope = measure(node);
-                } else if (found.turns) {
-                    return;
-                }
-                found.key_name = keys.name;
-                found.key_op = keys.op;
-                found.keys = {0, static_cast<std::size_t>(keys.ne[1]), static_cast<std::size_t>(keys.ne[0])};
-            } else if (parse_layer(node.name, "Vcur-", layer) && layer < layers.size()) {
-                attention_layer& found = layers[layer];
-                found.value_name = node.name;
-                found.value_op = node.op;
-                found.values = {0, static_cast<std::size_t>(node.ne[1]), static_cast<std::size_t>(node.ne[0])};
+        std::size_t layer = 0;
+        if (parse_layer(node.name, "Kcur-", layer) && layer < layers.size()) {
+            note_keys(layers[layer], node);
+        } else if (parse_layer(node.name, "Vcur-", layer) && layer < layers.size()) {
+            attention_layer& found = layers[layer];
+            found.value_name = node.name;
+            found.value_op = node.op;
+            found.values = {0, static_cast<std::size_t>(node.ne[1]), static_cast<std::size_t>(node.ne[0])};
+        } else if (parse_layer(node.name, "kq-", layer) && layer < layers.size() && node.op == GGML_OP_MUL_MAT) {
+            const ggml_tensor* cells = node.src[0];
+            while (cells->view_src != nullptr) {
+                cells = cells->view_src;
             }
-        } catch (...) {
-            failure = std::current_exception();
+            // A layer with a sliding window has cells for that only.
+            layers[layer].sliding_window = static_cast<std::size_t>(cells->ne[1]) < context_tokens ? window : 0;
         }
+    }
+    /// Several nodes have the name, as one is made of the other: what rotary embedding starts from is it, or the last
+    /// in a layer without.
+    static void note_keys(attention_layer& found, const ggml_tensor& node) {
+        const bool is_rope = node.op == GGML_OP_ROPE;
+        if (found.turns && !is_rope) {
+            return;
+        }
+        const ggml_tensor& keys = is_rope ? *node.src[0] : node;
+        if (is_rope) {
+            found.turns = true;
+            found.rope = measure(node);
+        }
+        found.key_name = keys.name;
+        found.key_op = keys.op;
+        found.keys = {0, static_cast<std::size_t>(keys.ne[1]), static_cast<std::size_t>(keys.ne[0])};
     }
 };
 
@@ -148,8 +164,11 @@ struct graph_survey {
 model_attention find_attention(const loaded_model& model, int threads) {
     graph_survey survey;
     survey.layers.resize(model.layers());
+    survey.window = static_cast<std::size_t>(std::max(0, llama_model_n_swa(model.get())));
+    survey.context_tokens = 512 + 2 * ((survey.window + 255) / 256 * 256);  // more than a sliding window needs
     llama_context_params options = llama_context_default_params();
-    options.n_ctx = 256;
+    options.n_ctx = static_cast<std::uint32_t>(survey.context_tokens);
+    options.swa_full = false;
     options.n_batch = 1;
     options.n_ubatch = 1;
     options.n_threads = threads;

@@ -26,8 +26,9 @@ struct attention_layer {
     ggml_op value_op = GGML_OP_NONE;
     rvqkv::tensor_shape keys;  ///< Heads and channels of a token.
     rvqkv::tensor_shape values;
-    rvqkv::rope_config rope;  ///< As the graph has it, frequencies measured.
-    bool turns = false;       ///< Whether it has rotary embedding at all.
+    rvqkv::rope_config rope;         ///< As the graph has it, frequencies measured.
+    bool turns = false;              ///< Whether it has rotary embedding at all.
+    std::size_t sliding_window = 0;  ///< Tokens that a query sees, its own included; 0: all.
 };
 
 /// The attention of every layer.
