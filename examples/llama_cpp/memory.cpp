@@ -118,20 +118,27 @@ private:
         set_state(context.get(), bytes);
         const std::size_t after = resident_bytes();
         // The context computes, too: what it needs for that, one of few tokens shows.
-        const decoder small(model_, {GGML_TYPE_F16, true, true, false}, 256, threads(), nullptr);
+        constexpr std::size_t few = 256;
+        const decoder small(model_, {GGML_TYPE_F16, true, true, false}, few, threads(), nullptr);
+        std::size_t few_tokens = 0;
+        for (const attention_layer& layer : attention_) {
+            few_tokens += few * sizeof(rvqkv::float16) *
+                          (layer.keys.heads * layer.keys.channels + layer.values.heads * layer.values.channels);
+        }
         const std::size_t computing = resident_bytes() - after;
+        const std::size_t needed = computing - std::min(computing, few_tokens);
         return {{"method", "llama.cpp-f16"},
                 {"tokens", tokens},
-                {"resident_bytes", after - before - std::min(computing, after - before)},
+                {"resident_bytes", after - before - std::min(needed, after - before)},
                 {"codebook_bytes", 0}};
     }
 
     [[nodiscard]] json ours(const sequence_state& window, std::size_t tokens, const std::string& path) const {
         const std::size_t before = resident_bytes();
         const rvqkv::codec_set set = load_codecs_for(path, fingerprint_, attention_);
-        const std::size_t codebooks = resident_bytes() - before;
         const rvqkv::kv_cache cache = make_cache(attention_, set.layers);
         rvqkv::kv_sequence sequence = cache.new_sequence().value();
+        const std::size_t codebooks = resident_bytes() - before;  // and what is made of them, for search and attention
         {
             rvqkv::kv_workspace workspace = cache.make_workspace(workers_).value();
             for (std::size_t done = 0; done < tokens; done += 1024) {

@@ -69,6 +69,17 @@ std::vector<std::size_t> layers_of(const model_attention& attention, bool has_wi
     return layers;
 }
 
+/// Cells of a sliding window are used again and again, so they are in any order.
+void sort_positions(std::vector<llama_pos>& positions) {
+    std::sort(positions.begin(), positions.end());
+    for (std::size_t i = 1; i < positions.size(); ++i) {
+        if (positions[i] != positions[i - 1] + 1) {
+            throw std::runtime_error("the sequence state has a gap before position " + std::to_string(positions[i]) +
+                                     ": only sequences without gaps can be saved");
+        }
+    }
+}
+
 std::size_t row_values(const rvqkv::tensor_shape& shape) {
     return shape.heads * shape.channels;
 }
@@ -92,10 +103,9 @@ sequence_state sequence_state::take_apart(std::span<const std::uint8_t> bytes, c
             position = in.take<llama_pos>();
             in.expect<std::uint32_t>(1, "sequences in a cell");
             in.expect<llama_seq_id>(0, "sequence");
-            if (position != now.positions.front() + (&position - now.positions.data())) {
-                throw std::runtime_error("the sequence state has a gap before position " + std::to_string(position));
-            }
         }
+        const std::vector<llama_pos> cells = now.positions;
+        sort_positions(now.positions);
         if (now.positions.empty()) {
             throw std::runtime_error("the sequence state has no tokens");
         }
@@ -111,8 +121,11 @@ sequence_state sequence_state::take_apart(std::span<const std::uint8_t> bytes, c
                 in.expect<std::int32_t>(GGML_TYPE_F16, "type");
                 in.expect<std::uint64_t>(values * sizeof(rvqkv::float16), "bytes of a row");
                 std::vector<rvqkv::float16>& to = is_key ? rows.keys : rows.values;
-                to.resize(now.positions.size() * values);
-                in.copy(to.data(), to.size() * sizeof(rvqkv::float16));
+                to.resize(cells.size() * values);
+                for (const llama_pos position : cells) {
+                    const auto place = static_cast<std::size_t>(position - now.positions.front());
+                    in.copy(to.data() + place * values, values * sizeof(rvqkv::float16));
+                }
             }
         }
     }

@@ -33,7 +33,7 @@ struct sequence_state {
         std::vector<rvqkv::float16> values;
     };
     struct part {
-        std::vector<llama_pos> positions;
+        std::vector<llama_pos> positions;  ///< Rising by 1, in whichever order the cells are.
         std::vector<layer_rows> layers;
     };
     std::uint32_t mark = 0;
