@@ -127,6 +127,9 @@ public:
         progress_.clear();
         rvqkv::codec_set set{trainer_.make().value(), notes_};
         set.metadata["model"] = name_;
+        set.metadata["key_channels"] = attention.front().rope.pairs == rvqkv::rope_pairs::interleaved
+                                           ? "rotary pairs are (2 i, 2 i + 1)"
+                                           : "rotary pairs are (i, i + head_dim / 2)";
         set.metadata["window"] = std::to_string(given_.window);
         rvqkv::save_codecs(given_.output, set).value();
         std::error_code ignored;

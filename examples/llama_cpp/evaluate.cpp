@@ -35,7 +35,6 @@ struct evaluate_options {
     std::string output;
     std::size_t window = 1024;
     std::size_t windows = 4;
-    bool from_end = false;
 };
 
 /// Tokens that the library's cache keeps exactly at the start.
@@ -155,7 +154,7 @@ private:
                 names.push_back("rvqkv-" + std::to_string(set->first) + "x" + std::to_string(depths) + "-recent64");
             }
         }
-        for (const char* name : {"f16", "q8_0", "q5_1", "q4_0", "q5_1-unrotated", "q4_0-unrotated"}) {
+        for (const char* name : {"f16", "q8_0", "q5_1", "q4_0", "q4_0-unrotated"}) {
             names.push_back(std::string("llama.cpp-") + name);
         }
         return names;
@@ -202,7 +201,7 @@ private:
                                "llama.cpp-f16, -q8_0, -q5_1, -q5_0, -q4_1, -q4_0, each also with -unrotated");
     }
 
-    /// Windows of the text that follow each other, from its start or up to its end.
+    /// Windows of the text, which follow each other.
     [[nodiscard]] std::vector<std::vector<llama_token>> choose_windows() const {
         const std::vector<llama_token> tokens = model_.tokenize(read_text(given_.text));
         const std::vector<llama_token> prefix = model_.prefix();
@@ -218,10 +217,9 @@ private:
             cli::warn(given_.text + ": has " + std::to_string(tokens.size()) + " tokens, enough for " +
                       std::to_string(there) + " windows only");
         }
-        const std::size_t start = given_.from_end ? tokens.size() - count * fresh : 0;
         std::vector<std::vector<llama_token>> windows(count, prefix);
         for (std::size_t i = 0; i < count; ++i) {
-            const auto first = tokens.begin() + static_cast<std::ptrdiff_t>(start + i * fresh);
+            const auto first = tokens.begin() + static_cast<std::ptrdiff_t>(i * fresh);
             windows[i].insert(windows[i].end(), first, first + static_cast<std::ptrdiff_t>(fresh));
         }
         return windows;
@@ -370,7 +368,6 @@ void add_evaluate(CLI::App& app) {
     command->add_option("--windows", given->windows, "How many windows of the text")
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
-    command->add_flag("--from-end", given->from_end, "The text's last windows, not its first");
     command->add_option("--json", given->output, "File for the table's rows, and more, as JSON");
     command->callback([given] { evaluate(*given); });
 }

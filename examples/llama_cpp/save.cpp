@@ -33,7 +33,6 @@ struct save_options {
     std::size_t tokens = 1024;
     std::size_t following = 64;
     std::size_t generated = 32;
-    bool from_end = false;
 };
 
 class saving {
@@ -55,8 +54,7 @@ public:
                                      std::to_string(taken + given_.following + 1) +
                                      " are needed: give more text, or fewer --tokens");
         }
-        const std::size_t start = given_.from_end ? tokens.size() - taken - given_.following - 1 : 0;
-        const auto from = tokens.begin() + static_cast<std::ptrdiff_t>(start);
+        const auto from = tokens.begin();
         const auto middle = from + static_cast<std::ptrdiff_t>(taken);
         prompt.insert(prompt.end(), from, middle);
         const std::vector<llama_token> following(middle, middle + static_cast<std::ptrdiff_t>(given_.following + 1));
@@ -199,7 +197,6 @@ void add_save(CLI::App& app) {
         ->check(CLI::PositiveNumber)
         ->capture_default_str();
     command->add_option("--generated", given->generated, "Tokens to write on with")->capture_default_str();
-    command->add_flag("--from-end", given->from_end, "The text's last tokens, not its first");
     command->add_option("--json", given->report, "File for the figures as JSON");
     command->callback([given] { save(*given); });
 }

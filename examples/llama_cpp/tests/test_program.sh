@@ -63,6 +63,22 @@ case_exact_tokens() {
     json 'rows["rvqkv-64x1-recent128"]["top1_agreement"] == 1'
     json 'rows["rvqkv-64x1-recent128"]["bits"] == 16'
 }
+# Every family's keys are found, and turned as the model does it.
+family() {
+    "$make_model" model.gguf 3 "$1"
+    calibrate
+    evaluate -c model.codecs --methods paper-64x4,rvqkv-64x4-recent128 --json results.json
+    json 'rows["paper-64x4"]["kl"] > 1e-5'
+    json 'rows["rvqkv-64x4-recent128"]["kl"] < 1e-7'
+    "$program" save model.gguf --threads 1 --text text.txt -c model.codecs --tokens 512 --following 32 -o chat.rvq \
+        --json results.json
+    json '0 <= r["kl"] < 0.5'
+}
+case_fused() { family fused; }
+case_scaled() { family scaled; }
+case_qwen_biases() { family qwen2; }
+case_qwen_norms() { family qwen3; }
+case_gemma() { family gemma3; }
 case_save() {
     calibrate
     "$program" save model.gguf --threads 1 --text text.txt -c model.codecs --tokens 512 --following 32 -o chat.rvq \
@@ -103,6 +119,8 @@ case_bad_model() {
     printf 'nonsense' >broken.gguf
     fails 1 'broken.gguf: is no GGUF model' "$program" evaluate broken.gguf --text text.txt
     fails 1 'none.gguf: cannot be read' "$program" evaluate none.gguf --text text.txt
+    "$make_model" broken.gguf 1 unheard
+    fails 1 "unknown model architecture: 'unheard-of'" "$program" evaluate broken.gguf --text text.txt
     head -c 100000 model.gguf >broken.gguf
     fails 1 'broken.gguf' "$program" evaluate broken.gguf --text text.txt
 }
