@@ -159,7 +159,7 @@ std::string fingerprint_of(const std::string& path) {
         all += file.bytes(architecture + "." + key);
     }
     for (const auto& [name, data] : file.norms()) {
-        all += '\n' + name + '\n' + data;
+        all.append(1, '\n').append(name).append(1, '\n').append(data);
     }
     return hash_of(std::as_bytes(std::span(all)));
 }

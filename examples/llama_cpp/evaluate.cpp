@@ -95,7 +95,10 @@ public:
         for (const std::string& path : given.codecs) {
             rvqkv::codec_set set = load_codecs_for(path, fingerprint_, attention_);
             const rvqkv::codebook_shape shape = set.layers.begin()->second.key->shape();
-            sets_.insert_or_assign(shape.codewords, std::move(set));
+            if (!sets_.emplace(shape.codewords, std::move(set)).second) {
+                throw cli::usage_error("--codecs has two files of " + std::to_string(shape.codewords) +
+                                       " codewords, such as " + path + ": rows are named by that, give one of them");
+            }
         }
         for (const std::string& name : given.methods.empty() ? usual_methods() : given.methods) {
             methods_.push_back(parse(name));

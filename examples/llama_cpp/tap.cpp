@@ -35,7 +35,7 @@ bool parse_layer(const char* name, std::size_t& layer) {
 
 /// `[channels, heads, tokens]` of float32 in memory of ours as a view.
 rvqkv::mutable_tensor_view view_of(const ggml_tensor& node, const std::string& what) {
-    const ggml_backend_buffer_t buffer = node.view_src != nullptr ? node.view_src->buffer : node.buffer;
+    ggml_backend_buffer* const buffer = node.view_src != nullptr ? node.view_src->buffer : node.buffer;
     if (node.type != GGML_TYPE_F32 || node.ne[3] != 1 || node.nb[0] != sizeof(float) || node.data == nullptr ||
         (buffer != nullptr && !ggml_backend_buffer_is_host(buffer))) {
         throw std::runtime_error(what + " (" + node.name + ") are " + ggml_type_name(node.type) +
