@@ -91,6 +91,7 @@ public:
 
     void run() {
         const stopwatch whole;
+        guard_.emplace();
         const std::string text = read_text(given_.text);
         const loaded_model model(file_to_load(given_.model));
         const model_attention attention = find_attention(model, threads());
@@ -110,7 +111,6 @@ public:
         wanted = std::max(given_.window, wanted / given_.window * given_.window);
         tokens.resize(wanted);
         make_trainers(attention, tokens);
-        guard_.emplace();
         read(model, attention, tokens);
         const double model_seconds = model_seconds_;
         const stopwatch training;

@@ -92,11 +92,11 @@ case_memory() {
 }
 case_resume() {
     local long=("$program" calibrate model.gguf "${small[@]}" --text text.txt --tokens 8192 --codewords 256 --depths 4
-        --iterations 60 -o)
+        --iterations 120 -o)
     "${long[@]}" whole.codecs
     # Ctrl-C while it learns: it says so, and goes on from there; what comes out is the same.
     local code=0
-    timeout -s INT 0.7 "${long[@]}" model.codecs 2>err.txt || code=$?
+    timeout -s INT 0.5 "${long[@]}" model.codecs 2>err.txt || code=$?
     [ "$code" -eq 124 ] && grep -q 'the same command goes on from model.codecs.state' err.txt
     [ -e model.codecs.state ] && [ ! -e model.codecs ]
     "${long[@]}" model.codecs 2>err.txt
