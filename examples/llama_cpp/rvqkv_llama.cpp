@@ -14,6 +14,7 @@
 #include <new>
 #include <thread>
 
+#include <sched.h>
 #include <unistd.h>
 
 namespace llama_example {
@@ -28,7 +29,18 @@ void add_model_options(CLI::App& command, model_options& options) {
 }
 
 std::size_t threads_of(const model_options& options) {
-    return options.threads != 0 ? options.threads : std::max(1U, std::thread::hardware_concurrency());
+    if (options.threads != 0) {
+        return options.threads;
+    }
+#ifdef __linux__
+    // Processors that this process may run on: llama.cpp's threads wait for each other in loops, so one too many is
+    // dear.
+    cpu_set_t mine;
+    if (::sched_getaffinity(0, sizeof mine, &mine) == 0) {
+        return static_cast<std::size_t>(std::max(1, CPU_COUNT(&mine)));
+    }
+#endif
+    return std::max(1U, std::thread::hardware_concurrency());
 }
 
 std::string file_to_load(const model_options& options) {
