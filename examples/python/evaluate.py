@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,21 @@ from rvqkv import CodecSet, RvqCache, make_codec
 from rvqkv._rvqkv import CodecSpec
 
 CHUNK = 16  # tokens at a time where each is to see its latest predecessors exactly
+LONG = 32768  # tokens of the context that bits are also told for
+
+
+@dataclass(frozen=True)
+class Stored:
+    """What a cache holds for each number: the bits of codes and scales, and the tokens that it keeps exact."""
+
+    coded: float
+    exact_tokens: int = 0
+    exact_bits: int = 16
+
+    def bits(self, tokens: int) -> float:
+        """Return the mean over a context of so many tokens."""
+        exact = min(self.exact_tokens, tokens)
+        return (exact * self.exact_bits + (tokens - exact) * self.coded) / tokens
 
 
 def fewer_depths(codecs: CodecSet, depths: int) -> CodecSet:
@@ -62,14 +78,15 @@ class Scores:
         self.loss.append(-found.gather(1, target[:, None])[:, 0])
         self.same.append((exact.argmax(-1) == found.argmax(-1)).float())
 
-    def row(self, method: str, bits: float, base_loss: float) -> dict[str, Any]:
+    def row(self, method: str, stored: Stored, base_loss: float) -> dict[str, Any]:
         """Return one row of the table."""
         kl, loss = torch.cat(self.kl), float(torch.cat(self.loss).mean())
         half = [each.split([len(each) // 2, len(each) - len(each) // 2]) for each in self.kl]
         perplexity = float(torch.tensor(loss).exp())
         return {
             "method": method,
-            "bits": round(bits, 3),
+            "bits": round(stored.bits(len(self.kl[0]) + 1), 3),
+            f"bits_at_{LONG}_tokens": round(stored.bits(LONG), 3),
             "kl": float(kl.mean()),
             "kl_p99": float(kl.quantile(0.99)),
             "kl_first_half": float(torch.cat([each[0] for each in half]).mean()),
@@ -82,14 +99,15 @@ class Scores:
 
 
 def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rivals: bool) -> dict[str, tuple[Any, ...]]:
-    """Return name: (bits, how to make a cache, tokens at a time, attention implementation)."""
+    """Return name: (what is stored, how to make a cache, tokens at a time, attention implementation)."""
     found: dict[str, tuple[Any, ...]] = {}
 
     def add(prefix: str, book: CodecSet, depth: int, suffix: str, chunk: int | None, **options: Any) -> None:
         cut = fewer_depths(book, depth)
         words = next(iter(book.layers.values()))[0].codewords
         made = partial(RvqCache, model, cut, prefill="codes", **options)
-        found[f"{prefix}-{words}x{depth}{suffix}"] = (cut.bits_per_value, made, chunk, "rvqkv")
+        stored = Stored(cut.bits_per_value, options["sink_tokens"] + options["recent_tokens"])
+        found[f"{prefix}-{words}x{depth}{suffix}"] = (stored, made, chunk, "rvqkv")
 
     for book, wanted in zip(books, depths, strict=True):
         for depth in wanted:
@@ -101,7 +119,8 @@ def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rival
             for bits in (4, 2):
                 axis = 0 if backend == "quanto" else 1
                 made = partial(QuantizedCache, backend, model.config, nbits=bits, axis_key=axis, axis_value=axis)
-                stored = bits + 2 * 8 * model.dtype.itemsize / 64  # a scale and a shift for every 64 numbers
+                number = 8 * model.dtype.itemsize
+                stored = Stored(bits + 2 * number / 64, 128, number)  # a scale and a shift for every 64 numbers
                 found[f"transformers-{backend}-{bits}bit"] = (stored, made, CHUNK, "sdpa")
     return found
 
@@ -127,14 +146,24 @@ def evaluate(model: Any, windows: list[torch.Tensor], chosen: dict[str, tuple[An
             done += 1
             progress("evaluating", done, len(chosen) * len(windows))
     loss = float(torch.cat(base.loss).mean())
-    bits = 32.0 if model.dtype == torch.float32 else 16.0
-    rows = [base.row(f"exact-{str(model.dtype).removeprefix('torch.')}", bits, loss)]
+    rows = [base.row(f"exact-{str(model.dtype).removeprefix('torch.')}", Stored(8 * model.dtype.itemsize), loss)]
     return rows + [scores[name].row(name, chosen[name][0], loss) for name in chosen]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Format rows for people."""
-    head = ["method", "bits", "kl", "kl_p99", "kl_first_half", "kl_second_half", "ppl", "ppl_ratio", "top1_agreement"]
+    head = [
+        "method",
+        "bits",
+        f"bits_at_{LONG}_tokens",
+        "kl",
+        "kl_p99",
+        "kl_first_half",
+        "kl_second_half",
+        "ppl",
+        "ppl_ratio",
+        "top1_agreement",
+    ]
     lines = [[row["method"], *(f"{row[name]:.4g}" for name in head[1:]), f"{row['seconds']:.1f}"] for row in rows]
     lines.insert(0, [*head, "seconds"])
     wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
