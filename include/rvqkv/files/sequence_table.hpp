@@ -23,7 +23,8 @@
 
 RVQKV_NAMESPACE_BEGIN
 
-inline constexpr std::uint32_t sequence_file_version = 1;
+/// Version 2 has pages in which all that belongs to a head lies together.
+inline constexpr std::uint32_t sequence_file_version = 2;
 
 namespace detail {
 
