@@ -176,7 +176,7 @@ private:
         made.weights = memory.take<float>(shape_.book.depths * rows);
         made.steps = memory.take<float>(rows * value_lanes);
         made.rounded = memory.take<std::uint8_t>(scan_block * rows * tile_tokens);
-        made.codes = memory.take<std::uint8_t>((shape_.book.depths * scan_block + 1) * tile_tokens);
+        made.codes = memory.take<std::uint8_t>(shape_.book.depths * scan_block * tile_tokens);
         made.bytes = memory.used();
         return made;
     }

@@ -95,7 +95,7 @@ struct small_scan_kernels {
     void (*round_weights)(const float* weights, std::size_t stride, std::size_t rows, std::size_t tiles,
                           const float* scales, std::uint8_t* rounded, float* steps, float* totals);
     /// Adds the tiles, times their rounded weights, to `sums`, `[groups * dim, rows, value_lanes]`, in steps of the
-    /// last plane. `codes` is room for a group's codes, `[depths, scan_block, tile_tokens]`, and one more tile.
+    /// last plane. `codes` is room for a group's codes, `[depths, scan_block, tile_tokens]`.
     /// Precondition: at most `scan_block` tiles.
     void (*add_values)(const code_tiles& tiles, const value_tables& tables, std::size_t rows,
                        const std::uint8_t* rounded, const float* steps, std::uint8_t* codes, float* sums);

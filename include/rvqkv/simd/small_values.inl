@@ -116,8 +116,8 @@ inline void add_channels(const std::uint8_t* codes, std::size_t tiles, rows_ahea
         tables.look_up(code_at, first_value, second_value);
         for (std::size_t tile = 0; tile < tiles; ++tile, weight_at += tile_step) {
             ahead.fetch(tile);
-            // One tile ahead, so that products need not wait; behind the last there is room for one that nobody reads.
-            code_at += tile_tokens;
+            // One tile ahead, so that products need not wait.
+            code_at += tile + 1 < tiles ? tile_tokens : 0;
             breg next_first;
             breg next_second;
             tables.look_up(code_at, next_first, next_second);
