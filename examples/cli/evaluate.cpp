@@ -103,26 +103,6 @@ double best_seconds(const std::function<void()>& work) {
     return best;
 }
 
-/// The same codec with its first depths only: codes of a residual quantizer do not depend on later depths.
-std::shared_ptr<const rvqkv::codec> first_depths(const std::shared_ptr<const rvqkv::codec>& whole, std::size_t depths) {
-    rvqkv::codec_spec spec = *whole->spec();
-    if (depths == spec.shape.depths) {
-        return whole;
-    }
-    spec.shape.depths = depths;
-    const auto cut = [&](auto weight) {
-        using weight_type = decltype(weight);
-        const auto* weights = reinterpret_cast<const weight_type*>(whole->weights().data());
-        return rvqkv::make_codec(spec, std::span<const weight_type>(weights, spec.shape.size())).value();
-    };
-    switch (spec.weight_type) {
-        case rvqkv::dtype::float16: return cut(rvqkv::float16());
-        case rvqkv::dtype::bfloat16: return cut(rvqkv::bfloat16());
-        case rvqkv::dtype::float32: break;
-    }
-    return cut(float());
-}
-
 /// Compresses one side in memory and reads it back.
 float_tensor round_trip(const std::shared_ptr<const rvqkv::codec>& codec, const float_tensor& exact, outcome& found,
                         double& compress_seconds, double& reconstruct_seconds) {

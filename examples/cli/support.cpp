@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: MIT
 #include "support.hpp"
 
+#include <rvqkv/core/half.hpp>
 #include <rvqkv/files/atomic_file.hpp>
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
+#include <span>
 
 #include <unistd.h>
 
@@ -56,6 +58,25 @@ token_span parse_tokens(const std::string& text, std::size_t tokens, token_span 
         throw std::runtime_error("--tokens is '" + text + "', but the tensors have tokens 0:" + std::to_string(tokens));
     }
     return span;
+}
+
+std::shared_ptr<const rvqkv::codec> first_depths(const std::shared_ptr<const rvqkv::codec>& whole, std::size_t depths) {
+    rvqkv::codec_spec spec = *whole->spec();
+    if (depths == spec.shape.depths) {
+        return whole;
+    }
+    spec.shape.depths = depths;
+    const auto cut = [&](auto weight) {
+        using weight_type = decltype(weight);
+        const auto* weights = reinterpret_cast<const weight_type*>(whole->weights().data());
+        return rvqkv::make_codec(spec, std::span<const weight_type>(weights, spec.shape.size())).value();
+    };
+    switch (spec.weight_type) {
+        case rvqkv::dtype::float16: return cut(rvqkv::float16());
+        case rvqkv::dtype::bfloat16: return cut(rvqkv::bfloat16());
+        case rvqkv::dtype::float32: break;
+    }
+    return cut(float());
 }
 
 void check_output(const std::string& output, const std::vector<std::string>& inputs) {

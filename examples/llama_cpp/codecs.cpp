@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: MIT
 #include "codecs.hpp"
 
-#include <rvqkv/core/half.hpp>
+#include "../cli/support.hpp"
 
-#include <span>
 #include <stdexcept>
 #include <utility>
 
@@ -68,29 +67,10 @@ rvqkv::codec_set load_codecs_for(const std::string& path, const std::string& fin
     return set;
 }
 
-std::shared_ptr<const rvqkv::codec> first_depths(const std::shared_ptr<const rvqkv::codec>& whole, std::size_t depths) {
-    rvqkv::codec_spec spec = *whole->spec();
-    if (depths == spec.shape.depths) {
-        return whole;
-    }
-    spec.shape.depths = depths;
-    const auto cut = [&](auto weight) {
-        using weight_type = decltype(weight);
-        const auto* weights = reinterpret_cast<const weight_type*>(whole->weights().data());
-        return rvqkv::make_codec(spec, std::span<const weight_type>(weights, spec.shape.size())).value();
-    };
-    switch (spec.weight_type) {
-        case rvqkv::dtype::float16: return cut(rvqkv::float16());
-        case rvqkv::dtype::bfloat16: return cut(rvqkv::bfloat16());
-        case rvqkv::dtype::float32: break;
-    }
-    return cut(float());
-}
-
 rvqkv::model_codecs first_depths(const rvqkv::model_codecs& whole, std::size_t depths) {
     rvqkv::model_codecs cut;
     for (const auto& [layer, both] : whole) {
-        cut[layer] = {first_depths(both.key, depths), first_depths(both.value, depths)};
+        cut[layer] = {cli::first_depths(both.key, depths), cli::first_depths(both.value, depths)};
     }
     return cut;
 }

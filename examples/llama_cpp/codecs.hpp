@@ -9,7 +9,6 @@
 #include <rvqkv/quantize/codec.hpp>
 
 #include <cstddef>
-#include <memory>
 #include <string>
 
 namespace llama_example {
@@ -24,10 +23,7 @@ namespace llama_example {
 [[nodiscard]] rvqkv::codec_set load_codecs_for(const std::string& path, const std::string& fingerprint,
                                                const model_attention& attention);
 
-/// The same codec with its first depths only: codes of a residual quantizer do not depend on later depths.
-[[nodiscard]] std::shared_ptr<const rvqkv::codec> first_depths(const std::shared_ptr<const rvqkv::codec>& whole,
-                                                               std::size_t depths);
-/// All layers' codecs so cut.
+/// All layers' codecs with their first depths only.
 [[nodiscard]] rvqkv::model_codecs first_depths(const rvqkv::model_codecs& whole, std::size_t depths);
 
 }  // namespace llama_example

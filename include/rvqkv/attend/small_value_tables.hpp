@@ -181,27 +181,9 @@ private:
         return made;
     }
 
-    /// Range of one depth's channel: what its entries are centered by, and half its width.
-    struct range {
-        float middle;
-        float half;
-    };
     [[nodiscard]] float weight(std::span<const float> weights, std::size_t depth, std::size_t codeword,
                                std::size_t j) const noexcept {
         return weights[(depth * shape_.book.codewords + codeword) * shape_.book.dim + j];
-    }
-    [[nodiscard]] range range_of(std::span<const float> weights, std::size_t depth, std::size_t j) const noexcept {
-        float low = weight(weights, depth, 0, j);
-        float high = low;
-        for (std::size_t c = 1; c < shape_.book.codewords; ++c) {
-            low = std::min(low, weight(weights, depth, c, j));
-            high = std::max(high, weight(weights, depth, c, j));
-        }
-        if (is_exact_) {
-            const float step = byte_grid::of(shape_.book, weights, j).step;
-            return {step * byte_grid::middle(low, high, step), 0.5F * high - 0.5F * low};
-        }
-        return {0.5F * low + 0.5F * high, 0.5F * high - 0.5F * low};
     }
     /// Step of a channel of the plane of depths [first, end): their entries may not leave a byte.
     [[nodiscard]] float step_of(std::span<const float> weights, std::size_t first, std::size_t end,
@@ -211,7 +193,8 @@ private:
         }
         float half = 0.0F;
         for (std::size_t depth = first; depth < end; ++depth) {
-            half += range_of(weights, depth, j).half;
+            const auto range = detail::weight_range::of(shape_.book, weights, depth, j);
+            half += 0.5F * range.high - 0.5F * range.low;
         }
         return std::max(half / (127.0F - 0.5F * static_cast<float>(end - first)), 1e-30F);
     }
@@ -298,7 +281,9 @@ private:
     void round_entries(std::span<const float> weights, std::size_t depth, std::size_t j, float step,
                        float* means) noexcept {
         const std::size_t dim = shape_.book.dim;
-        const float middle = range_of(weights, depth, j).middle;
+        const auto range = detail::weight_range::of(shape_.book, weights, depth, j);
+        const float middle =
+            is_exact_ ? step * byte_grid::middle(range.low, range.high, step) : 0.5F * range.low + 0.5F * range.high;
         std::int8_t* const entries = entries_.data() + (depth * dim + j) * shape_.slots;
         double lost = 0.0;
         for (std::size_t c = 0; c < shape_.slots; ++c) {

@@ -5,6 +5,7 @@
 
 #include "rvqkv/attend/layer_config.hpp"
 #include "rvqkv/attend/page_layout.hpp"
+#include "rvqkv/attend/readers.hpp"
 #include "rvqkv/cache/cache_core.hpp"
 #include "rvqkv/cache/cache_layer.hpp"
 #include "rvqkv/cache/cache_side.hpp"
@@ -20,7 +21,6 @@
 #include "rvqkv/files/checksum.hpp"
 #include "rvqkv/files/compressed_tensor.hpp"
 #include "rvqkv/files/sequence_table.hpp"
-#include "rvqkv/simd/convert.hpp"
 #include "rvqkv/simd/kernels.hpp"
 
 #include <algorithm>
@@ -121,13 +121,8 @@ inline void scatter_page(const page_format& format, std::span<const std::byte> s
     }
     float scales[tile_tokens];
     for (std::size_t first = 0; side.has_scales() && first < side.heads() * page_tokens; first += tile_tokens) {
-        const std::byte* const from =
-            page + side.scales(first / page_tokens) + first % page_tokens * size_of(side.scale_type());
-        switch (side.scale_type()) {
-            case dtype::float32: std::memcpy(scales, from, sizeof(scales)); break;
-            case dtype::float16: convert(reinterpret_cast<const float16*>(from), scales, tile_tokens); break;
-            case dtype::bfloat16: convert(reinterpret_cast<const bfloat16*>(from), scales, tile_tokens); break;
-        }
+        load_scales(page_tile{page, first % page_tokens / tile_tokens}, side, first / page_tokens, best_kernels(),
+                    scales);
         if (!std::all_of(scales, scales + tile_tokens, [](float x) { return x >= 0.0F && std::isfinite(x); })) {
             return "a scale is not finite or below 0";
         }

