@@ -150,8 +150,8 @@ fetch_model() {
 
 build_program() {
     cmake -S "$here" -B "$build/build" -G Ninja -DCMAKE_BUILD_TYPE=Release \
-        "-DLLAMA_CPP_SOURCE=$build/source-$llama_version"
-    cmake --build "$build/build" --target rvqkv_llama
+        "-DLLAMA_CPP_SOURCE=$build/source-$llama_version" &&
+        cmake --build "$build/build" --target rvqkv_llama
 }
 
 start=$SECONDS
