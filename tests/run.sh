@@ -3,7 +3,8 @@
 # Installs what is missing (Debian), builds, and runs the tests. The last line is "N passed, M failed": test cases of
 # every configuration, plus one for each build and each other check.
 #
-#   tests/run.sh         everything: formatting, GCC, Clang, sanitizers, aarch64, clang-tidy, documentation
+#   tests/run.sh         everything: lint of sources, scripts and Python, GCC, Clang, sanitizers, aarch64, clang-tidy,
+#                        documentation
 #   tests/run.sh TAG     only the tests that carry the tag (golden, slow, files, ...), built once with GCC; `fault`
 #                        (memory that runs out, damaged files) with Clang and the address sanitizer
 #
@@ -136,11 +137,21 @@ has_version_14() {
 }
 sources() { find include tests benchmarks examples -name '*.[chi]pp' -o -name '*.inl' -o -name '*.[ch]' | sort; }
 check_format() { sources | xargs clang-format --dry-run -Werror; }
+check_scripts() {  # functions are called by name, which is what SC2317 does not see
+    find tests benchmarks examples -name '*.sh' | sort | xargs shellcheck --exclude SC2317 .ci/run
+}
+# Debian has no ruff; the version is that of examples/python.
+check_python() {
+    local ruff
+    ruff=$(grep -o 'ruff==[0-9.]*' examples/python/pyproject.toml) && python3 -m venv "$build/ruff" &&
+        "$build/ruff/bin/pip" install -q "$ruff" && "$build/ruff/bin/ruff" check benchmarks examples/python &&
+        "$build/ruff/bin/ruff" format --check benchmarks examples/python
+}
 check_docs() { cmake --build "$build/dev-gcc" --target docs; }
 
 base_packages=(g++ cmake ninja-build ccache catch2 nlohmann-json3-dev libxxhash-dev libeigen3-dev)
-more_packages=(clang libclang-rt-dev clang-format clang-tidy pkg-config doxygen libbenchmark-dev libcli11-dev
-    qemu-user-static g++-aarch64-linux-gnu)
+more_packages=(clang libclang-rt-dev clang-format clang-tidy shellcheck python3-venv pkg-config doxygen libbenchmark-dev
+    libcli11-dev qemu-user-static g++-aarch64-linux-gnu)
 use_ccache() {
     if command -v ccache >/dev/null; then
         export CMAKE_CXX_COMPILER_LAUNCHER=ccache
@@ -157,7 +168,7 @@ run_tag() {
         packages+=(clang libclang-rt-dev)
     fi
     if ! known_tags | grep -qxF "[$tag]"; then
-        echo "no test carries the tag [$tag]; there are:" $(known_tags)
+        echo "no test carries the tag [$tag]; there are: $(known_tags | paste -s -d ' ')"
         failed=1
         close
     fi
@@ -183,6 +194,8 @@ run_everything() {
     check install install_packages "${base_packages[@]}" "${more_packages[@]}"
     use_ccache
     has_version_14 clang-format && check format check_format
+    command -v shellcheck >/dev/null && check shellcheck check_scripts
+    check ruff check_python
     for preset in dev-gcc dev-clang asan-ubsan tsan aarch64; do
         if [ $preset = aarch64 ] && [ ! -e /usr/include/catch2/catch.hpp ]; then
             echo "skipped aarch64: Catch2 3 is a library, and there is none for that processor here"

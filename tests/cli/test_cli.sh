@@ -124,13 +124,13 @@ case_bad_input() {
     expect 1 "$program" evaluate "$tensors" -c good.codecs
     says "layer 19"
     for file in good.codecs good.rvq; do
-        cp $file flipped
+        cp "$file" flipped
         printf '\xa5' | dd of=flipped bs=1 seek=$(($(wc -c <flipped) - 9)) conv=notrunc status=none
         expect 1 "$program" inspect flipped
         says "flipped: checksum"
-        head -c 1000 $file >cut
-        expect 1 "$program" inspect cut
-        says "cut: "
+        head -c 1000 "$file" >short
+        expect 1 "$program" inspect short
+        says "short: "
     done
     if [ -e /dev/full ]; then
         "$program" inspect "$tensors" >/dev/full 2>err
@@ -164,7 +164,7 @@ case_json() {
     cmp -s out report.json || fail "evaluate --json and --output differ"
     grep -q '"tokens": "3276:4096"' out || fail "not the last 20 % are evaluated"
     for file in a.codecs a.rvq a.state a.safetensors "$tensors"; do
-        expect 0 "$program" inspect $file --json
+        expect 0 "$program" inspect "$file" --json
         "$check" json <out || fail "inspect $file --json"
     done
     expect 0 "$program" inspect a.rvq -c a.codecs
