@@ -481,6 +481,41 @@ TEST_CASE("layer_attention: large codebooks, through tables and without", "[atte
     }
 }
 
+TEST_CASE("layer_attention: scores that rise from chunk to chunk", "[attend][differential]") {
+    CAPTURE(test::seed());
+    test::random_source random(22);
+    // Values by small tables, by rows of whole numbers, by large tables, and by reconstruction.
+    for (const rvqkv::codebook_shape& values :
+         {rvqkv::codebook_shape{3, 16, 8}, rvqkv::codebook_shape{3, 300, 32}, rvqkv::codebook_shape{2, 300, 16}}) {
+        rvqkv::kv_layer_config config;
+        config.keys = {test::random_codec(random, spec_of(16, {2, 20, 8})), 1};
+        config.values = {test::random_codec(random, spec_of(64, values)), 1};
+        config.query_heads = 8;
+        CAPTURE(values.codewords, values.dim);
+        test::layer_pages pages(config, 50);
+        std::int64_t position = 0;
+        for (std::size_t page = 0; page < 12; ++page, position += 256) {
+            pages.add_coded(256, 0, 256, position, position, 2, values.depths);
+        }
+        // The latest tokens weigh most: what was summed up before is made smaller again and again, but does not vanish.
+        const std::vector<float> slopes(8, 0.003F);
+        rvqkv::attention_options options;
+        options.alibi_slopes = slopes;
+        check_attention(pages, 2, position - 2, options);
+        const std::vector<float> queries = random_queries(pages, 2);
+        const auto expected = test::oracle_attention(pages, queries, 2, position - 2, options);
+        const auto attention = rvqkv::layer_attention::create(config).value();
+        const result got = attend(attention, pages.runs(), queries, 2, position - 2, options);
+        double error = 0.0;
+        double size = 0.0;
+        for (std::size_t i = 0; i < got.out.size(); ++i) {
+            error += std::pow(static_cast<double>(got.out[i]) - expected.out[i], 2.0);
+            size += std::pow(expected.out[i], 2.0);
+        }
+        CHECK(std::sqrt(error / size) <= 0.01);
+    }
+}
+
 TEST_CASE("layer_attention: whichever allocation fails, create says so and leaves nothing behind", "[attend][unit]") {
     test::random_source random(21);
     for (const std::size_t codewords : {std::size_t{16}, std::size_t{300}}) {
