@@ -149,18 +149,6 @@ inline void multiply_numbers(float* x, const float* by, std::size_t count) {
     }
 }
 
-inline void add_numbers(float* x, const float* by, float constant_part, std::size_t count) {
-    constexpr std::size_t width = lanes;
-    const reg part = constant(constant_part);
-    std::size_t i = 0;
-    for (; i + width <= count; i += width) {
-        store(x + i, add(load(x + i), add(load(by + i), part)));
-    }
-    for (; i < count; ++i) {
-        x[i] += by[i] + constant_part;
-    }
-}
-
 // ---- Rows of keys and values ----
 
 template <int Queries, int Rows, class T>
@@ -343,7 +331,6 @@ inline constexpr attention_kernels attention = {
     exponentials,
     soft_cap,
     multiply_numbers,
-    add_numbers,
     unpack_tile,
     range,
     pack_entries,

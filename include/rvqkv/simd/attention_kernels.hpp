@@ -94,9 +94,6 @@ struct attention_kernels {
     /// `x[i] *= by[i]`, but 0 stays 0 whatever it is multiplied by.
     void (*multiply)(float* x, const float* by, std::size_t count);
 
-    /// `x[i] += by[i] + constant`.
-    void (*add)(float* x, const float* by, float constant, std::size_t count);
-
     /// The codes of one tile. `bits` is from 1 to 16; reads `8 * bits` bytes.
     void (*unpack_tile)(const std::byte* packed, unsigned bits, code_t* codes);
 
