@@ -1,24 +1,21 @@
 // SPDX-License-Identifier: MIT
 /// @file
 /// `rvqkv_llama evaluate`: what becomes of a model's predictions when its keys and values are compressed, by codecs and
-/// by llama.cpp's own cache types, on the same tokens.
+/// by llama.cpp's own cache types, on the same tokens; in llama.cpp, or in a plain forward pass.
 #include "codecs.hpp"
 #include "commands.hpp"
 #include "engine.hpp"
+#include "methods.hpp"
 #include "metrics.hpp"
-#include "quantizing_tap.hpp"
+#include "runners.hpp"
 
 #include <rvqkv/core/thread_pool.hpp>
 
 #include <algorithm>
-#include <array>
 #include <cstdio>
 #include <fstream>
-#include <map>
 #include <memory>
 #include <nlohmann/json.hpp>
-#include <optional>
-#include <regex>
 #include <stdexcept>
 #include <utility>
 
@@ -33,61 +30,27 @@ struct evaluate_options {
     std::vector<std::string> codecs;
     std::vector<std::string> methods;
     std::string output;
+    std::string engine = "llama.cpp";
     std::size_t window = 1024;
     std::size_t windows = 4;
 };
 
-/// Tokens that the library's cache keeps exactly at the start.
-constexpr std::size_t sink_tokens = 4;
 /// A length at which bits are told besides the window's: exact tokens weigh little there.
 constexpr std::size_t long_context = 32768;
 
 /// A row of the table.
-struct method {
-    std::string name;
-    rvqkv::model_codecs codecs;  ///< Of methods of ours.
-    exact_tokens exact;
-    std::optional<cache_format> cache;  ///< Of llama.cpp's own.
-    double bits_of_codes = 0.0;
+struct row {
+    method by;
     divergence found;
     double model_seconds = 0.0;
     double own_seconds = 0.0;
-
-    /// Bits stored for each channel of a sequence of so many tokens.
-    [[nodiscard]] double bits(std::size_t tokens) const {
-        const double exact_share =
-            static_cast<double>(std::min(tokens, exact.sinks + exact.recent)) / static_cast<double>(tokens);
-        return bits_of_codes + exact_share * (16.0 - bits_of_codes);
-    }
 };
-
-double mean_bits(const rvqkv::model_codecs& codecs, const model_attention& attention) {
-    std::size_t bits = 0;
-    std::size_t channels = 0;
-    for (const auto& [layer, both] : codecs) {
-        bits += both.key->bits_per_row() * attention[layer].keys.heads +
-                both.value->bits_per_row() * attention[layer].values.heads;
-        channels += attention[layer].keys.heads * attention[layer].keys.channels +
-                    attention[layer].values.heads * attention[layer].values.channels;
-    }
-    return static_cast<double>(bits) / static_cast<double>(channels);
-}
-
-/// Depths that the paper and its followers tell of, for a number of codewords.
-std::vector<std::size_t> usual_depths(std::size_t codewords, std::size_t most) {
-    std::vector<std::size_t> all{most};
-    if (codewords == 2048 && most == 8) {
-        all = {8, 6, 4};
-    } else if (codewords == 256 && most == 10) {
-        all = {10, 7, 3};
-    }
-    return all;
-}
 
 class evaluation {
 public:
     explicit evaluation(const evaluate_options& given)
         : given_(given),
+          engine_(given.engine == "plain" ? engine_kind::plain : engine_kind::llama_cpp),
           workers_(threads_of(given.model)),
           fingerprint_(fingerprint_of(given.model.path)),
           model_(file_to_load(given.model)),
@@ -100,40 +63,47 @@ public:
                                        " codewords, such as " + path + ": rows are named by that, give one of them");
             }
         }
-        for (const std::string& name : given.methods.empty() ? usual_methods() : given.methods) {
-            methods_.push_back(parse(name));
+        const std::vector<std::string> names = given.methods.empty() ? usual_methods(sets_, engine_) : given.methods;
+        for (const std::string& name : names) {
+            rows_.push_back({parse_method(name, sets_, engine_, attention_), {}, 0.0, 0.0});
         }
     }
 
     json run() {
         const std::vector<std::vector<llama_token>> windows = choose_windows();
-        quantizing_tap tap(attention_, windows.front().size(), workers_);
-        decoder exact(model_, {}, windows.front().size(), threads(), &tap);
+        const std::unique_ptr<runner> engine =
+            make_runner(engine_, model_, attention_, windows.front().size(), workers_);
         reference_window reference(windows.front().size() - 1, model_.vocabulary());
-        const std::size_t all = windows.size() * (methods_.size() + 1);
+        const std::size_t all = windows.size() * (rows_.size() + 1);
         std::size_t done = 0;
         for (const std::vector<llama_token>& window : windows) {
             const std::span<const llama_token> targets = std::span(window).subspan(1);
             const auto show = [&](const std::string& what) {
-                progress_.show("window " + std::to_string(done / (methods_.size() + 1) + 1) + ", " + what,
+                progress_.show("window " + std::to_string(done / (rows_.size() + 1) + 1) + ", " + what,
                                static_cast<double>(done) / static_cast<double>(all));
                 ++done;
             };
-            show("float32");
-            tap.use(nullptr, {});
-            {
-                const stopwatch watch;
-                double comparing = 0.0;
-                exact.read(window, [&](const float* logits, std::size_t first, std::size_t count) {
+            show("unquantized");
+            const seconds base = timed([&](double& comparing) {
+                return engine->read(nullptr, window, [&](const float* logits, std::size_t first, std::size_t count) {
                     const stopwatch inner;
                     reference.take(logits, first, count, targets, workers_);
                     comparing += inner.seconds();
                 });
-                base_seconds_ += watch.seconds() - comparing;
-            }
-            for (method& each : methods_) {
-                show(each.name);
-                measure(each, window, reference, exact, tap);
+            });
+            base_seconds_ += base.model;
+            for (row& each : rows_) {
+                show(each.by.name);
+                const seconds spent = timed([&](double& comparing) {
+                    return engine->read(&each.by, window,
+                                        [&](const float* logits, std::size_t first, std::size_t count) {
+                                            const stopwatch inner;
+                                            each.found.take(reference, logits, first, count, targets, workers_);
+                                            comparing += inner.seconds();
+                                        });
+                });
+                each.model_seconds += spent.model;
+                each.own_seconds += spent.method;
             }
         }
         progress_.clear();
@@ -142,67 +112,6 @@ public:
 
 private:
     [[nodiscard]] int threads() const { return static_cast<int>(threads_of(given_.model)); }
-
-    [[nodiscard]] std::vector<std::string> usual_methods() const {
-        std::vector<std::string> names;
-        for (auto set = sets_.rbegin(); set != sets_.rend(); ++set) {
-            for (const std::size_t depths :
-                 usual_depths(set->first, set->second.layers.begin()->second.key->depths())) {
-                names.push_back("paper-" + std::to_string(set->first) + "x" + std::to_string(depths));
-            }
-        }
-        for (auto set = sets_.rbegin(); set != sets_.rend(); ++set) {
-            for (const std::size_t depths :
-                 usual_depths(set->first, set->second.layers.begin()->second.key->depths())) {
-                names.push_back("rvqkv-" + std::to_string(set->first) + "x" + std::to_string(depths) + "-recent64");
-            }
-        }
-        for (const char* name : {"f16", "q8_0", "q5_1", "q4_0", "q4_0-unrotated"}) {
-            names.push_back(std::string("llama.cpp-") + name);
-        }
-        return names;
-    }
-
-    [[nodiscard]] method parse(const std::string& name) const {
-        static const std::regex ours("(paper|rvqkv)-([0-9]+)x([0-9]+)(-recent([0-9]+))?");
-        static const std::regex theirs("llama\\.cpp-([a-z0-9_]+?)(-unrotated)?");
-        std::smatch match;
-        method made;
-        made.name = name;
-        if (std::regex_match(name, match, ours) && (match[1] == "paper" ? !match[4].matched : true)) {
-            const std::size_t codewords = std::stoul(match[2]);
-            const std::size_t depths = std::stoul(match[3]);
-            const auto set = sets_.find(codewords);
-            if (set == sets_.end()) {
-                throw cli::usage_error("method " + name + ": no --codecs of " + std::to_string(codewords) +
-                                       " codewords were given");
-            }
-            const std::size_t most = set->second.layers.begin()->second.key->depths();
-            if (depths == 0 || depths > most) {
-                throw cli::usage_error("method " + name + ": the codecs have " + std::to_string(most) + " depths");
-            }
-            made.codecs = first_depths(set->second.layers, depths);
-            if (match[1] == "rvqkv") {
-                made.exact = {sink_tokens, match[5].matched ? std::stoul(match[5]) : 0};
-            }
-            made.bits_of_codes = mean_bits(made.codecs, attention_);
-            return made;
-        }
-        if (std::regex_match(name, match, theirs)) {
-            for (const ggml_type type : {GGML_TYPE_F32, GGML_TYPE_F16, GGML_TYPE_BF16, GGML_TYPE_Q8_0, GGML_TYPE_Q5_1,
-                                         GGML_TYPE_Q5_0, GGML_TYPE_Q4_1, GGML_TYPE_Q4_0, GGML_TYPE_IQ4_NL}) {
-                if (match[1] == ggml_type_name(type)) {
-                    made.cache = cache_format{type, type != GGML_TYPE_F32, !match[2].matched};
-                    made.bits_of_codes =
-                        8.0 * static_cast<double>(ggml_type_size(type)) / static_cast<double>(ggml_blck_size(type));
-                    return made;
-                }
-            }
-        }
-        throw cli::usage_error("method '" + name +
-                               "' is not known; want paper-2048x8 (codewords x depths), rvqkv-2048x8-recent64, or "
-                               "llama.cpp-f16, -q8_0, -q5_1, -q5_0, -q4_1, -q4_0, each also with -unrotated");
-    }
 
     /// Windows of the text, which follow each other.
     [[nodiscard]] std::vector<std::vector<llama_token>> choose_windows() const {
@@ -228,31 +137,24 @@ private:
         return windows;
     }
 
-    void measure(method& each, const std::vector<llama_token>& window, const reference_window& reference,
-                 decoder& exact, quantizing_tap& tap) {
-        std::optional<decoder> own;
-        if (each.cache) {
-            own.emplace(model_, *each.cache, window.size(), threads(), nullptr);
-        } else {
-            tap.use(&each.codecs, each.exact);
-        }
-        const double tapped = tap.seconds();
+    struct seconds {
+        double model = 0.0;
+        double method = 0.0;
+    };
+    /// Of `work(comparing)`, which adds the seconds that are of neither and gives the method's.
+    template <class Work>
+    [[nodiscard]] static seconds timed(const Work& work) {
         const stopwatch watch;
         double comparing = 0.0;
-        (own ? *own : exact).read(window, [&](const float* logits, std::size_t first, std::size_t count) {
-            const stopwatch inner;
-            each.found.take(reference, logits, first, count, std::span(window).subspan(1), workers_);
-            comparing += inner.seconds();
-        });
-        const double ours = tap.seconds() - tapped;
-        each.own_seconds += ours;
-        each.model_seconds += watch.seconds() - comparing - ours;
+        const double method = work(comparing);
+        return {watch.seconds() - comparing - method, method};
     }
 
     [[nodiscard]] json report(const std::vector<std::vector<llama_token>>& windows) const {
         json out;
         out["model"] = given_.model.path;
         out["fingerprint"] = fingerprint_;
+        out["engine"] = given_.engine;
         out["text"] = given_.text;
         out["window"] = windows.front().size();
         out["windows"] = windows.size();
@@ -264,43 +166,44 @@ private:
             ends.push_back(end);
         }
         ends.push_back(length);
-        for (const method& each : methods_) {
+        for (const row& each : rows_) {
             const divergence_summary all = summarize(each.found, 0, length);
-            json row = {{"method", each.name},
-                        {"bits", each.bits(length)},
-                        {"kl", all.kl},
-                        {"kl_p99", all.kl_p99},
-                        {"ppl", all.perplexity},
-                        {"ppl_ratio", all.perplexity_ratio},
-                        {"top1_agreement", all.top1_agreement},
-                        {"seconds", each.model_seconds + each.own_seconds},
-                        {"seconds_model", each.model_seconds},
-                        {"seconds_method", each.own_seconds},
-                        {"bits_at_32768_tokens", each.bits(long_context)}};
+            json line = {{"method", each.by.name},
+                         {"bits", each.by.bits(length)},
+                         {"kl", all.kl},
+                         {"kl_p99", all.kl_p99},
+                         {"ppl", all.perplexity},
+                         {"ppl_ratio", all.perplexity_ratio},
+                         {"top1_agreement", all.top1_agreement},
+                         {"seconds", each.model_seconds + each.own_seconds},
+                         {"seconds_model", each.model_seconds},
+                         {"seconds_method", each.own_seconds},
+                         {"bits_at_32768_tokens", each.by.bits(long_context)}};
             std::size_t first = 0;
             for (const std::size_t end : ends) {
                 const divergence_summary part = summarize(each.found, first, end);
-                row["positions"].push_back({{"first", first},
-                                            {"last", end - 1},
-                                            {"kl", part.kl},
-                                            {"kl_p99", part.kl_p99},
-                                            {"ppl", part.perplexity},
-                                            {"ppl_ratio", part.perplexity_ratio},
-                                            {"top1_agreement", part.top1_agreement}});
+                line["positions"].push_back({{"first", first},
+                                             {"last", end - 1},
+                                             {"kl", part.kl},
+                                             {"kl_p99", part.kl_p99},
+                                             {"ppl", part.perplexity},
+                                             {"ppl_ratio", part.perplexity_ratio},
+                                             {"top1_agreement", part.top1_agreement}});
                 first = end;
             }
-            out["rows"].push_back(std::move(row));
+            out["rows"].push_back(std::move(line));
         }
         return out;
     }
 
     evaluate_options given_;
+    engine_kind engine_;
     rvqkv::thread_pool workers_;
     std::string fingerprint_;
     loaded_model model_;
     model_attention attention_;
-    std::map<std::size_t, rvqkv::codec_set> sets_;  ///< By codewords.
-    std::vector<method> methods_;
+    codec_sets sets_;
+    std::vector<row> rows_;
     double base_seconds_ = 0.0;
     timed_progress progress_;
 };
@@ -363,8 +266,15 @@ void add_evaluate(CLI::App& app) {
     command
         ->add_option("--methods", given->methods,
                      "Rows: paper-2048x8 (codes alone), rvqkv-2048x8-recent64 (4 first and 64 latest tokens exact), "
-                     "llama.cpp-q8_0, ...; default: all that the codecs allow")
+                     "-recent64-paged (64 to 127), llama.cpp-q8_0, ...; default: all that the codecs allow")
         ->delimiter(',');
+    command
+        ->add_option(
+            "--engine", given->engine,
+            "What runs the model: llama.cpp, or plain: a forward pass of its own (Llama only), whose tokens are "
+            "in rvqkv's cache")
+        ->check(CLI::IsMember({"llama.cpp", "plain"}))
+        ->capture_default_str();
     command->add_option("--window", given->window, "Tokens of a window, which begins with an empty cache")
         ->check(CLI::Range(16, 1 << 20))
         ->capture_default_str();

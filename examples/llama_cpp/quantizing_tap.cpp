@@ -28,8 +28,8 @@ void quantizing_tap::use(const rvqkv::model_codecs* codecs, const exact_tokens& 
 
 void quantizing_tap::on_keys(std::size_t layer, const rvqkv::mutable_tensor_view& keys) {
     errors& kept = key_errors_[layer];
-    replace(layer, "keys", *codecs_->at(layer).key, keys, exact_.recent != 0 ? &kept : nullptr);
-    if (exact_.recent != 0 && attention()[layer].turns) {
+    replace(layer, "keys", *codecs_->at(layer).key, keys, keeps_errors() ? &kept : nullptr);
+    if (keeps_errors() && attention()[layer].turns) {
         const std::size_t width = keys.heads() * keys.channels();
         ropes_[layer].turn({kept.data() + first_position() * width, keys.rows(), keys.channels()},
                            static_cast<std::int64_t>(first_position()), keys.heads());
@@ -37,7 +37,7 @@ void quantizing_tap::on_keys(std::size_t layer, const rvqkv::mutable_tensor_view
 }
 
 void quantizing_tap::on_values(std::size_t layer, const rvqkv::mutable_tensor_view& values) {
-    replace(layer, "values", *codecs_->at(layer).value, values, exact_.recent != 0 ? &value_errors_[layer] : nullptr);
+    replace(layer, "values", *codecs_->at(layer).value, values, keeps_errors() ? &value_errors_[layer] : nullptr);
 }
 
 void quantizing_tap::replace(std::size_t layer, const char* side, const rvqkv::codec& codec,

@@ -10,15 +10,21 @@
 #include <rvqkv/core/parallel_for.hpp>
 #include <rvqkv/quantize/codec.hpp>
 
+#include <algorithm>
 #include <cstddef>
 #include <vector>
 
 namespace llama_example {
 
-/// Which tokens a query sees as codes: all but the first `sinks`, and but the latest `recent`, its own included.
+/// Tokens of a page of the library's cache.
+inline constexpr std::size_t cache_page_tokens = 64;
+
+/// Which tokens a query sees as codes: all but the first `sinks`, and but the latest `recent`, its own included. The
+/// others become codes by whole pages of `page` tokens, when the last one of a page may.
 struct exact_tokens {
     std::size_t sinks = 0;
     std::size_t recent = 0;
+    std::size_t page = 1;
 };
 
 /// Every key and value becomes its reconstruction as soon as it is made. Where recent tokens are to be exact, what each
@@ -33,7 +39,7 @@ public:
 
 protected:
     [[nodiscard]] bool is_active() const noexcept override { return codecs_ != nullptr; }
-    [[nodiscard]] bool wants_scores() const noexcept override { return exact_.recent != 0; }
+    [[nodiscard]] bool wants_scores() const noexcept override { return keeps_errors(); }
     void on_keys(std::size_t layer, const rvqkv::mutable_tensor_view& keys) override;
     void on_values(std::size_t layer, const rvqkv::mutable_tensor_view& values) override;
     void on_scores(std::size_t layer, ggml_tensor* scores) override;
@@ -45,9 +51,12 @@ private:
 
     void replace(std::size_t layer, const char* side, const rvqkv::codec& codec, const rvqkv::mutable_tensor_view& rows,
                  errors* kept);
+    [[nodiscard]] bool keeps_errors() const noexcept { return exact_.recent != 0 || exact_.page != 1; }
     /// The oldest position that a query sees exactly for being recent.
     [[nodiscard]] std::size_t first_recent(std::size_t position) const noexcept {
-        return position + 1 > exact_.recent ? position + 1 - exact_.recent : 0;
+        const std::size_t never_coded = exact_.sinks + exact_.recent;
+        const std::size_t old = position + 1 - std::min(position + 1, never_coded);
+        return exact_.sinks + old / exact_.page * exact_.page;
     }
 
     const rvqkv::executor* workers_;

@@ -90,14 +90,15 @@ watch() {
     local name=$1 log=$out/${1// /-}.log start=$SECONDS
     shift
     printf '%s ...\n' "$name" >&2
-    "$@" >"$log" </dev/null
+    "$@" >"$log" </dev/null || return
     printf '%s: %d s\n' "$name" $((SECONDS - start)) >&2
 }
 
 install_packages() {
     local missing=() package sudo=()
     command -v dpkg-query >/dev/null || return 0  # not Debian: the user has brought them
-    for package in g++ cmake ninja-build python3-venv nlohmann-json3-dev libxxhash-dev libcli11-dev; do
+    for package in g++ cmake ninja-build python3-venv nlohmann-json3-dev libxxhash-dev libcli11-dev \
+        libeigen3-dev; do
         if [ "$(dpkg-query -W -f '${db:Status-Status}' "$package" 2>/dev/null)" != installed ]; then
             missing+=("$package")
         fi
@@ -158,7 +159,9 @@ start=$SECONDS
 mkdir -p "$out" "$build"
 step install install_packages
 step 'fetch llama.cpp' fetch_llama
+is_default_model=false
 if [ -z "$model" ]; then
+    is_default_model=true
     step 'fetch model' fetch_model
     model=$build/models/SmolLM2-135M-Instruct.Q4_1.gguf
 fi
@@ -178,19 +181,46 @@ watch 'calibrate 256x10' "$rvqkv_llama" calibrate "$model" "${cache[@]}" --text 
     --codewords 256 --depths 10 --out "$out/256x10.codecs"
 watch evaluate "$rvqkv_llama" evaluate "$model" "${cache[@]}" --text "$text" --windows "$windows" \
     --codecs "${codecs[@]}" --json "$out/evaluation.json"
+# The same by other code. A model that it does not know, of the user's, is no failure of the rest.
+rm -f "$out/plain.json" "$out/disagreement"
+plain=("$rvqkv_llama" evaluate "$model" "${cache[@]}" --text "$text" --windows "$windows" --codecs "$out/256x10.codecs"
+    --engine plain --json "$out/plain.json" --methods 'llama.cpp-f32,paper-256x10,rvqkv-256x10-recent64-paged')
+if $is_default_model; then
+    watch 'evaluate plain' "${plain[@]}"
+else
+    watch 'evaluate plain' "${plain[@]}" || echo 'goes on without the plain C++ evaluation' >&2
+fi
 step save "$rvqkv_llama" save "$model" "${cache[@]}" --text "$text" --codecs "${codecs[0]}" --out "$out/sequence.rvq" \
     --json "$out/saved.json"
 step memory "$rvqkv_llama" memory "$model" "${cache[@]}" --text "$text" --codecs "${codecs[@]}" --json "$out/memory.json"
 
 mkdir -p "$(dirname "$json")"
 python3 - "$out" "$json" <<'END'
-import json, sys
+import json, os, sys
 folder, target = sys.argv[1:]
 read = lambda name: json.load(open(f"{folder}/{name}.json"))
-json.dump({**read("evaluation"), "saved": read("saved"), "memory": read("memory")}, open(target, "w"), indent=2)
+plain = read("plain") if os.path.exists(f"{folder}/plain.json") else None
+evaluation = read("evaluation")
+json.dump({**evaluation, "plain": plain, "saved": read("saved"), "memory": read("memory")}, open(target, "w"), indent=2)
+with open(f"{folder}/agreement.log", "w") as log:
+    if plain is None:
+        print("Plain C++ evaluation: none, stderr says why", file=log)
+    else:
+        ours, theirs = ({row["method"]: row["kl"] for row in each["rows"]} for each in (plain, evaluation))
+        apart = 100 * abs(ours["paper-256x10"] / theirs["paper-256x10"] - 1)
+        print(f"Plain C++ evaluation: unquantized, KL {ours['llama.cpp-f32']:.1e} from llama.cpp's predictions; "
+              f"paper-256x10, KL {ours['paper-256x10']:.4f} beside {theirs['paper-256x10']:.4f}, {apart:.1f} % apart"
+              + (": MORE THAN 5 %" if apart > 5 else ""), file=log)
+        if apart > 10 and plain["windows"] >= 4:  # rounding chooses between codes: one window may be 5 % apart by it
+            open(f"{folder}/disagreement", "w").close()
 END
 
 cat "$out/evaluate.log"
+echo
+if [ -e "$out/plain.json" ]; then
+    cat "$out/evaluate-plain.log"
+fi
+cat "$out/agreement.log"
 echo
 cat "$out/calibrate-"*.log
 cat "$out/save.log"
@@ -200,3 +230,7 @@ echo
 echo "KL: divergence from the unquantized model's predictions, in nats; bits: for each cached number, exact tokens and"
 echo "scales included; seconds of all windows: the model's share, and what the method adds. JSON: $json"
 echo "Seconds in all: $((SECONDS - start))"
+if [ -e "$out/disagreement" ]; then
+    echo 'llama.cpp and the plain C++ evaluation do not agree' >&2
+    exit 1
+fi

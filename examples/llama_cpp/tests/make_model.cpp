@@ -6,6 +6,7 @@
 ///  factors;
 ///  - qwen2: with biases; qwen3: with norms of queries and keys;
 ///  - gemma3: with these and sliding windows in all layers but the last;
+///  - plm: with keys and values made of one short vector, which its graph gives other names;
 ///  - nan: a llama with a weight that is no number; unheard: of an architecture that nobody knows.
 #include <ggml-cpu.h>
 #include <ggml.h>
@@ -26,6 +27,7 @@ constexpr std::int64_t inner = 128;
 constexpr std::uint32_t heads = 4;
 constexpr std::uint32_t kv_heads = 2;
 constexpr std::int64_t head_dim = width / heads;
+constexpr std::int64_t latent = 32;  // of plm
 
 /// What GPT-2's tokenizer calls the byte: printable ones themselves, others letters from U+0100 on.
 std::vector<std::string> byte_tokens() {
@@ -52,8 +54,10 @@ int main(int argc, char** argv) {
     const std::string kind = argc > 3 ? argv[3] : "llama";
     const bool is_qwen2 = kind == "qwen2";
     const bool is_gemma = kind == "gemma3";
+    const bool is_plm = kind == "plm";
     const bool has_head_norms = kind == "qwen3" || is_gemma;
-    const std::string architecture = is_qwen2 || has_head_norms ? kind : kind == "unheard" ? "unheard-of" : "llama";
+    const bool is_family = is_qwen2 || is_plm || has_head_norms;
+    const std::string architecture = is_family ? kind : kind == "unheard" ? "unheard-of" : "llama";
     const std::uint32_t layers = is_gemma ? 6 : 2;
     ggml_context* const context = ggml_init({std::size_t{16} << 20U, nullptr, false});
     gguf_context* const file = gguf_init_empty();
@@ -64,11 +68,14 @@ int main(int argc, char** argv) {
     gguf_set_val_u32(file, (architecture + ".block_count").c_str(), layers);
     gguf_set_val_u32(file, (architecture + ".feed_forward_length").c_str(), inner);
     gguf_set_val_u32(file, (architecture + ".attention.head_count").c_str(), heads);
-    gguf_set_val_u32(file, (architecture + ".attention.head_count_kv").c_str(), kv_heads);
-    gguf_set_val_u32(file, (architecture + ".rope.dimension_count").c_str(), head_dim);
+    gguf_set_val_u32(file, (architecture + ".attention.head_count_kv").c_str(), is_plm ? heads : kv_heads);
+    gguf_set_val_u32(file, (architecture + ".rope.dimension_count").c_str(), is_plm ? head_dim / 2 : head_dim);
     gguf_set_val_f32(file, (architecture + ".attention.layer_norm_rms_epsilon").c_str(), 1e-5F);
     gguf_set_val_u32(file, (architecture + ".attention.key_length").c_str(), head_dim);
     gguf_set_val_u32(file, (architecture + ".attention.value_length").c_str(), head_dim);
+    if (is_plm) {
+        gguf_set_val_u32(file, "plm.attention.kv_lora_rank", latent);
+    }
     if (is_gemma) {
         gguf_set_val_u32(file, "gemma3.attention.sliding_window", 48);
         gguf_set_val_f32(file, "gemma3.rope.freq_base", 1000000.0F);
@@ -106,12 +113,19 @@ int main(int argc, char** argv) {
     if (kind == "scaled") {
         add("rope_freqs.weight", head_dim / 2, 0, 0.2F);
     }
-    add("output.weight", width, static_cast<std::int64_t>(tokens.size()), usual);
+    if (!is_plm) {
+        add("output.weight", width, static_cast<std::int64_t>(tokens.size()), usual);
+    }
     for (std::uint32_t layer = 0; layer < layers; ++layer) {
         const std::string block = "blk." + std::to_string(layer) + ".";
         add(block + "attn_norm.weight", width, 0, 0.1F);
         if (kind == "fused") {
             add(block + "attn_qkv.weight", width, width + 2 * head_dim * kv_heads, usual);
+        } else if (is_plm) {
+            add(block + "attn_q.weight", width, width, usual);
+            add(block + "attn_kv_a_mqa.weight", width, latent + head_dim / 2, usual);
+            add(block + "attn_kv_a_norm.weight", latent, 0, 0.1F);
+            add(block + "attn_kv_b.weight", latent, heads * (head_dim / 2 + head_dim), usual);
         } else {
             add(block + "attn_q.weight", width, width, usual);
             add(block + "attn_k.weight", width, head_dim * kv_heads, usual);
@@ -132,7 +146,9 @@ int main(int argc, char** argv) {
         }
         add(block + "attn_output.weight", width, width, usual);
         add(block + "ffn_norm.weight", width, 0, 0.1F);
-        add(block + "ffn_gate.weight", width, inner, usual);
+        if (!is_plm) {
+            add(block + "ffn_gate.weight", width, inner, usual);
+        }
         add(block + "ffn_up.weight", width, inner, usual);
         add(block + "ffn_down.weight", inner, width, usual);
     }

@@ -20,7 +20,7 @@ calibrate() {
         --iterations 3 -o model.codecs "$@"
 }
 evaluate() {
-    "$program" evaluate model.gguf "${small[@]}" --text text.txt --windows 2 "$@"
+    "$program" evaluate model.gguf "${small[@]}" --text text.txt --windows "${windows:-2}" "$@"
 }
 # fails CODE TEXT COMMAND...: it exits so, and says so on stderr.
 fails() {
@@ -79,6 +79,39 @@ case_scaled() { family scaled; }
 case_qwen_biases() { family qwen2; }
 case_qwen_norms() { family qwen3; }
 case_gemma() { family gemma3; }
+# The plain forward pass predicts what llama.cpp does; the cache that its tokens are in costs what the codes cost there.
+plain() {
+    "$make_model" model.gguf 1 "$1"
+    calibrate
+    # A window ends with a page of the cache, or in the middle of one.
+    local window windows=12 small
+    for window in 256 200; do
+        small=(--window "$window" --threads 1)
+        evaluate -c model.codecs --engine plain --json results.json
+        json 'r["engine"] == "plain"'
+        json 'set(rows) == {"llama.cpp-f32", "paper-64x4", "rvqkv-64x4-recent64-paged"}'
+        json 'rows["llama.cpp-f32"]["kl"] < 1e-6 and rows["llama.cpp-f32"]["top1_agreement"] > 0.999'
+        mv results.json plain.json
+        evaluate -c model.codecs --json results.json \
+            --methods paper-64x4,rvqkv-64x4-recent64,rvqkv-64x4-recent64-paged
+        json 'rows["rvqkv-64x4-recent64"]["kl"] > rows["rvqkv-64x4-recent64-paged"]["kl"] > 0'
+        json 'all(abs(row["kl"] / rows[row["method"]]["kl"] - 1) < 0.05 and row["bits"] == rows[row["method"]]["bits"]
+                  for row in json.load(open("plain.json"))["rows"][1:])'
+    done
+}
+case_plain() { plain llama; }
+case_plain_scaled() { plain scaled; }
+case_plain_errors() {
+    calibrate
+    fails 2 'the plain engine has none of llama.cpp.s caches but llama.cpp-f32' evaluate -c model.codecs \
+        --engine plain --methods llama.cpp-q8_0
+    fails 2 'want such as rvqkv-2048x8-recent64-paged' evaluate -c model.codecs --engine plain \
+        --methods rvqkv-64x4-recent64
+    "$make_model" model.gguf 1 fused
+    fails 1 'has no tensor blk.0.attn_q.weight; evaluate it without --engine plain' evaluate --engine plain
+    "$make_model" model.gguf 1 qwen3
+    fails 1 "architecture 'qwen3': the plain engine knows 'llama' alone" evaluate --engine plain
+}
 case_save() {
     calibrate
     "$program" save model.gguf --threads 1 --text text.txt -c model.codecs --tokens 512 --following 32 -o chat.rvq \
@@ -123,6 +156,13 @@ case_bad_model() {
     fails 1 "unknown model architecture: 'unheard-of'" "$program" evaluate broken.gguf --text text.txt
     head -c 100000 model.gguf >broken.gguf
     fails 1 'broken.gguf' "$program" evaluate broken.gguf --text text.txt
+}
+# A model whose keys have other names is not taken for one that has none to compress.
+case_missing_tensors() {
+    "$make_model" model.gguf 1 plm
+    fails 1 "architecture 'plm' is not supported: its graph has no Kcur-0 before rotary embedding" calibrate
+    fails 1 'give a model of the Llama, Qwen or Gemma families' evaluate
+    [ ! -e model.codecs ]
 }
 case_not_finite() {
     "$make_model" model.gguf 1 nan
