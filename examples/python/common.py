@@ -69,13 +69,25 @@ def undo_wikitext(text: str) -> str:
     return text.replace("( ", "(").replace("[ ", "[").replace(" 's", "'s")
 
 
-def windows(tokens: torch.Tensor, length: int, count: int, *, first: int = 0, what: str = "text") -> list[torch.Tensor]:
-    """Cut ``count`` windows that follow each other; fewer where the text ends, but at least one."""
-    cut = [tokens[i : i + length] for i in range(first, len(tokens) - length + 1, length)][:count]
+def prefix(tokenizer: Any) -> torch.Tensor:
+    """Return what the model wants every text to begin with: a token that says so (Gemma), or none (SmolLM2)."""
+    begin = tokenizer.bos_token_id
+    is_wanted = begin is not None and tokenizer("a").input_ids[:1] == [begin]
+    return torch.tensor([begin] if is_wanted else [], dtype=torch.long)
+
+
+def windows(
+    tokens: torch.Tensor, length: int, count: int, begin: torch.Tensor, what: str = "text"
+) -> list[torch.Tensor]:
+    """Cut ``count`` windows that follow each other, each after ``begin``; fewer where the text ends, at least one."""
+    if length <= len(begin) + 1:
+        raise SystemExit(f"--window is {length}, must be at least {len(begin) + 2}")
+    own = length - len(begin)
+    cut = [torch.cat([begin, tokens[i : i + own]]) for i in range(0, len(tokens) - length + 1, length)][:count]
     if not cut:
         raise SystemExit(
-            f"the {what} has {max(0, len(tokens) - first)} tokens, fewer than one window of {length}: give a longer "
-            "text, or a smaller --window"
+            f"the {what} has {len(tokens)} tokens, fewer than one window of {length}: give a longer text, or a smaller "
+            "--window"
         )
     return cut
 

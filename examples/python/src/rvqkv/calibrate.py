@@ -185,21 +185,26 @@ class Calibration:
     def capture(self, window: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of all layers for one window of tokens, ``[token, head, channel]``, as codecs see them."""
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        ours = 0.0
 
         def see(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+            nonlocal ours
+            began = time.perf_counter()
             for name, each in (("keys", keys), ("values", values)):
                 if not torch.isfinite(each).all():
                     raise ValueError(f"layer {layer}: {name} of the model hold numbers that are not finite")
             if self.key_coding == "before_rope":
                 keys = turn(keys, self.shapes[layer], back=True)
             found.append((keys[0].transpose(0, 1).float().cpu(), values[0].transpose(0, 1).float().cpu()))
+            ours += time.perf_counter() - began
 
         start = time.perf_counter()
         base = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model
         device = next(self.model.parameters()).device
         with torch.no_grad():
             base(window[None].to(device), past_key_values=CaptureCache(see), use_cache=True)
-        self.seconds["model"] += time.perf_counter() - start
+        self.seconds["model"] += time.perf_counter() - start - ours
+        self.seconds["training"] += ours
         if len(found) != len(self.shapes):
             raise NotImplementedError(f"the model showed keys of {len(found)} layers, it has {len(self.shapes)}")
         return found
