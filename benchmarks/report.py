@@ -16,7 +16,8 @@ from targets import target_rows
 CEILINGS = ("fma_peak", "memory_read")
 DENSE = "dense, float16"  # the rival that attention_dense is
 LEVELS = ("generic", "neon", "avx2", "avxvnni", "avx512", "avx512vnni", "avx512vbmi")
-FLOAT32_OF = {"avxvnni": "avx2", "avx512vnni": "avx512", "avx512vbmi": "avx512"}  # what integer levels are compared with
+# What integer levels are compared with.
+FLOAT32_OF = {"avxvnni": "avx2", "avx512vnni": "avx512", "avx512vbmi": "avx512"}
 
 
 def level_order(level: str) -> tuple[int, str]:

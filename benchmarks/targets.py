@@ -80,7 +80,9 @@ def target_rows(rows: list[dict]) -> list[tuple[str, str, str, str, str]]:
         add(f"decode {' x '.join(map(str, shape))}, {weights} weights", find(test, "value"), "GB/s", wanted)
     whole = find(own("decode", f"weights:bfloat16/{PAPER.label(1024)}", compiler="gcc"), "value")
     for depths, wanted in ((4, 1.8), (2, 3.2)):
-        part = find(own("decode", f"weights:bfloat16/{PAPER.label(1024)}/used_depths:{depths}", compiler="gcc"), "value")
+        part = find(
+            own("decode", f"weights:bfloat16/{PAPER.label(1024)}/used_depths:{depths}", compiler="gcc"), "value"
+        )
         what = f"decode 8 x 2048 x 32, {depths} of the depths: beside all"
         add(what, part / whole if part and whole else None, "x", wanted)
     kmeans, ema = PAPER.label(KMEANS_ROWS, False), PAPER.label(EMA_ROWS)
