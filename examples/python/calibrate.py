@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,15 @@ def calibrate(
 ) -> Calibration | None:
     """Read, cluster; None if it was interrupted, and ``state`` then holds what was done."""
     progress = common.Progress()
+    calibration = Calibration(model, codewords=codewords, depths=depths, **options)
+    calibration.notes["text"] = hashlib.sha256(torch.cat(windows).numpy().tobytes()).hexdigest()[:16]
     if resume and state is not None and state.exists():
-        calibration = Calibration.resume(model, state)
-    else:
-        calibration = Calibration(model, codewords=codewords, depths=depths, **options)
+        saved = Calibration.resume(model, state)
+        if saved.settings != calibration.settings:
+            raise ValueError(f"{state}: was saved with other settings, {saved.settings}: give the same")
+        if saved.notes != calibration.notes:
+            raise ValueError(f"{state}: was saved with another text or other windows of it: give the same")
+        calibration = saved
     done = calibration.trainer.initialized
     try:
         unread = windows[calibration.tokens // len(windows[0]) :]
@@ -58,6 +64,7 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--codewords", type=int, default=256)
     parser.add_argument("--depths", type=int, default=10)
+    parser.add_argument("--group-dim", type=int, default=32, help="channels quantized together")
     parser.add_argument("--key-coding", choices=["before_rope", "after_rope"], default="before_rope")
     parser.add_argument(
         "--sample",
@@ -76,6 +83,7 @@ def main() -> None:
         common.windows(tokens, args.window, max(1, args.tokens // args.window), common.prefix(tokenizer)),
         codewords=args.codewords,
         depths=args.depths,
+        group_dim=args.group_dim,
         key_coding=args.key_coding,
         sample=args.sample or min(MOST, PER_CODEWORD * args.codewords),
         seed=args.seed,

@@ -98,14 +98,15 @@ class Progress:
     def __init__(self) -> None:
         """Begin."""
         self._phase = ""
-        self._start = 0.0
+        self._start = self._last = time.monotonic()
         self._said = 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Report ``done`` of ``total``."""
         now = time.monotonic()
         if phase != self._phase:
-            self._phase, self._start, self._said = phase, now, 0.0
+            self._phase, self._start, self._said = phase, self._last, 0.0
+        self._last = now
         if done == total or now - self._said > 1.0:
             self._said = now
             left = (now - self._start) / max(1, done) * (total - done)

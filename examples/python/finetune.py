@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import DynamicCache
 
 import common
 from rvqkv import CodecSet
@@ -34,8 +33,10 @@ def compare(
     with torch.no_grad():
         for window in windows:
             ids = window[None].to(device)
-            cache = DynamicCache() if quantizers is None else quantizers.cache()
-            found = model(ids, past_key_values=cache, use_cache=True).logits[0, :-1].float().log_softmax(-1)
+            cache = None if quantizers is None else quantizers.cache()
+            found = (
+                model(ids, past_key_values=cache, use_cache=cache is not None).logits[0, :-1].float().log_softmax(-1)
+            )
             exact = reference(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
             loss -= float(found.gather(1, ids[0, 1:, None]).sum())
             kl += sum(float((p.exp() * (p - q)).sum()) for p, q in zip(exact.split(128), found.split(128), strict=True))

@@ -82,6 +82,7 @@ class Calibration:
         self.shapes: list[LayerShape] = layer_shapes(model, with_rope=key_coding == "before_rope")
         self.seconds = {"model": 0.0, "training": 0.0}
         self.tokens = 0
+        self.notes: dict[str, str] = {}  # saved with the state: what else must be the same when training goes on
         of_keys, of_values = (depths, depths) if isinstance(depths, int) else depths
         specs = {}
         for layer, shape in enumerate(self.shapes):
@@ -166,7 +167,8 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Save the whole state of training, to go on later."""
         state = {"settings": self.settings, "tokens": self.tokens}
-        self.trainer.save(path, {"calibration": json.dumps(state), "model.fingerprint": fingerprint(self.model)})
+        about = {"calibration": json.dumps(state), "model.fingerprint": fingerprint(self.model)}
+        self.trainer.save(path, {**about, **self.notes})
 
     @classmethod
     def resume(cls, model: torch.nn.Module, path: str | Path) -> Calibration:
@@ -180,6 +182,8 @@ class Calibration:
         made = cls(model, depths=(of_keys, of_values), **settings)
         made.trainer = trainer
         made.tokens = state["tokens"]
+        own = ("calibration", "model.fingerprint")
+        made.notes = {name: text for name, text in trainer.metadata.items() if name not in own}
         return made
 
     def capture(self, window: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
