@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, QuantizedCache
 
 HERE = Path(__file__).resolve().parent
 transformers.utils.logging.disable_progress_bar()
@@ -90,6 +92,20 @@ def windows(
             "--window"
         )
     return cut
+
+
+def quantized_caches(model: Any, bits: Sequence[int]) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """Return Transformers' own quantized caches by name: their bits, and how to make one."""
+    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    if any(kind != "full_attention" for kind in layer_types):
+        print("Transformers' quantized caches take no model with sliding windows: left out", file=sys.stderr)
+        return {}
+    found: dict[str, tuple[int, Callable[[], Any]]] = {}
+    for backend, axis in (("quanto", 0), ("hqq", 1)):
+        for each in bits:
+            make = partial(QuantizedCache, backend, model.config, nbits=each, axis_key=axis, axis_value=axis)
+            found[f"transformers-{backend}-{each}bit"] = (each, make)
+    return found
 
 
 class Progress:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import QuantizedCache
 
 import common
 from rvqkv import CodecSet, RvqCache
@@ -128,13 +127,10 @@ def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rival
         for depth in wanted:
             add("rvqkv", book, depth, "-recent64", CHUNK, sink_tokens=4, recent_tokens=64)
     if rivals:
-        for backend in ("quanto", "hqq"):
-            for bits in (4, 2):
-                axis = 0 if backend == "quanto" else 1
-                made = partial(QuantizedCache, backend, model.config, nbits=bits, axis_key=axis, axis_value=axis)
-                number = 8 * model.dtype.itemsize
-                stored = Stored(bits + 2 * number / 64, 128, number)  # a scale and a shift for every 64 numbers
-                found[f"transformers-{backend}-{bits}bit"] = (stored, made, CHUNK, "sdpa")
+        number = 8 * model.dtype.itemsize
+        for name, (bits, make) in common.quantized_caches(model, (4, 2)).items():
+            stored = Stored(bits + 2 * number / 64, 128, number)  # a scale and a shift for every 64 numbers
+            found[name] = (stored, make, CHUNK, "sdpa")
     return found
 
 

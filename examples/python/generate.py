@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache
 
 import common
 from rvqkv import Calibration, CodecSet, RvqCache
@@ -148,9 +148,8 @@ def main() -> None:
             made = partial(RvqCache, model, book, prefill="codes")
             caches[f"rvqkv-{key.codewords}x{key.depths}"] = (made, "rvqkv", torch.float32)
         if args.rivals:
-            for backend, axis in (("quanto", 0), ("hqq", 1)):
-                quantized = partial(QuantizedCache, backend, model.config, nbits=4, axis_key=axis, axis_value=axis)
-                caches[f"transformers-{backend}-4bit"] = (quantized, "sdpa", torch.float32)
+            for name, (_, quantized) in common.quantized_caches(model, (4,)).items():
+                caches[name] = (quantized, "sdpa", torch.float32)
         caches["dynamic-bfloat16"] = (dynamic, "sdpa", torch.bfloat16)
         rows += measure(model, caches, found, length, args.steps)
         model.to(torch.float32)
