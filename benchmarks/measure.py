@@ -70,7 +70,7 @@ def environment() -> dict[str, str]:
 
 def run_program(program: Path, data: Path, options: list[str], core: int | None) -> dict:
     pin = [] if core is None else ["taskset", "-c", str(core)]
-    command = [*pin, program, "--data", data, "--benchmark_format=json", *options]
+    command: list[str | Path] = [*pin, program, "--data", data, "--benchmark_format=json", *options]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise Failed(f"{program} ended with {done.returncode}: {done.stderr.strip()[-500:]}")
@@ -115,8 +115,8 @@ class Peers:
     """peers.py, kept alive from round to round."""
 
     def __init__(self, arguments: argparse.Namespace, seconds: float) -> None:
-        command = ["taskset", "-c", str(arguments.core), sys.executable, Path(__file__).with_name("peers.py")]
-        command += ["--data", arguments.data, "--seconds", str(seconds)]
+        command = ["taskset", "-c", str(arguments.core), sys.executable, str(Path(__file__).with_name("peers.py"))]
+        command += ["--data", str(arguments.data), "--seconds", str(seconds)]
         command += ["--without-torch"] if arguments.without_torch else []
         self.log = arguments.out.with_suffix(".peers.log")
         with self.log.open("w", encoding="utf-8") as log:
@@ -126,6 +126,7 @@ class Peers:
         self.described = self.answer()
 
     def answer(self) -> dict:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             end = self.log.read_text(encoding="utf-8").strip()[-500:]
@@ -133,6 +134,7 @@ class Peers:
         return json.loads(line)
 
     def round(self, results: Results) -> None:
+        assert self.process.stdin is not None
         self.process.stdin.write("round\n")
         self.process.stdin.flush()
         for key, value in self.answer().items():
@@ -189,7 +191,7 @@ def main() -> int:
         results.failures += peers.described["failures"]
         progress.next("multiply-add peak, before")
         before = peak(arguments.gcc, arguments.data, arguments.core)
-        context = {}
+        context: dict = {}
         for number in range(1, arguments.rounds + 1):
             in_round = f"round {number} of {arguments.rounds}"
             for compiler, program, rows in programs:

@@ -12,7 +12,7 @@ import json
 import random
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -88,7 +88,7 @@ def greedy(x: np.ndarray, books: np.ndarray) -> np.ndarray:
     return np.stack(codes, 1)
 
 
-def in_turn(calls: list[Callable[[], object]]) -> Callable[[], object]:
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     order = itertools.cycle(calls)
     return lambda: next(order)()
 
@@ -193,8 +193,8 @@ def faiss_cases(data: Data) -> list[Case]:
 
         label = Shape(1, codewords, PAPER.dim).label(KMEANS_ROWS, False)
         for rival, threshold in (("faiss k-means", default_threshold), ("faiss k-means, BLAS", 1)):
-            call = partial(train, codewords, threshold)
-            cases.append(Case("train_kmeans", label, rival, KMEANS_ROWS * KMEANS_ITERATIONS, "vectors/s", call))
+            work = KMEANS_ROWS * KMEANS_ITERATIONS
+            cases.append(Case("train_kmeans", label, rival, work, "vectors/s", partial(train, codewords, threshold)))
     return cases
 
 
@@ -259,8 +259,9 @@ def torch_cases(data: Data) -> list[Case]:
         cases.append(Case(name, shape.label(rows), "PyTorch addmm", rows, "vectors/s", in_turn(calls)))
 
     for shape in DECODES:
-        layer, x = data.books(shape), data.held_out(shape.dim, DECODE_ROWS)
-        codes = torch.from_numpy(greedy(x, layer) + np.arange(shape.depths) * shape.codewords)
+        layer = data.books(shape)
+        found = greedy(data.held_out(shape.dim, DECODE_ROWS), layer)
+        codes = torch.from_numpy(found + np.arange(shape.depths) * shape.codewords)
         call = partial(F.embedding_bag, codes, torch.from_numpy(layer.reshape(-1, shape.dim)), mode="sum")
         cases.append(Case("decode", decode_label(shape), "PyTorch embedding_bag", decode_bytes(shape), "B/s", call))
 
@@ -303,8 +304,8 @@ def torch_cases(data: Data) -> list[Case]:
             call = partial(kmeans_step, step, x, x[:codewords].clone())
             cases.append(Case("train_kmeans", label, rival, KMEANS_ROWS, "vectors/s", call))
         state = [(book.clone(), torch.ones(len(book)), book.clone()) for book in torch.from_numpy(books)]
-        call = partial(ema_step, step, batch, state)
-        cases.append(Case("train_ema", PAPER.label(EMA_ROWS), rival, EMA_ROWS, "vectors/s", call))
+        train = partial(ema_step, step, batch, state)
+        cases.append(Case("train_ema", PAPER.label(EMA_ROWS), rival, EMA_ROWS, "vectors/s", train))
     return cases
 
 
@@ -390,8 +391,8 @@ def pyturboquant_cases(_: Data) -> list[Case]:
     coded_keys, coded_values = (quantize_mse(x, 4, seed=1) for x in (keys, values))
 
     def call() -> np.ndarray:
-        restored = (dequantize_mse(x).astype(np.float32) for x in (coded_keys, coded_values))
-        return attend(*restored, queries)
+        restored_keys, restored_values = (dequantize_mse(x).astype(np.float32) for x in (coded_keys, coded_values))
+        return attend(restored_keys, restored_values, queries)
 
     return [port_case("pyturboquant-cpu, 4 bits, restored first", call, attend(keys, values, queries))]
 
@@ -422,8 +423,11 @@ def main() -> None:
     cases: list[Case] = []
     failures: list[str] = []
     packages = ["numpy", "faiss-cpu", "scipy"]
-    makers = [faiss_cases, scipy_cases]
-    ports = {"turboquant-pro": turboquant_pro_cases, "pyturboquant-cpu": pyturboquant_cases}
+    makers: list[Callable[[Data], list[Case]]] = [faiss_cases, scipy_cases]
+    ports: dict[str, Callable[[Data], list[Case]]] = {
+        "turboquant-pro": turboquant_pro_cases,
+        "pyturboquant-cpu": pyturboquant_cases,
+    }
     if not arguments.without_torch:
         packages += ["torch", "vector-quantize-pytorch"]
         makers += [torch_cases, vector_quantize_cases]

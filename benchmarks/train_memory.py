@@ -49,8 +49,8 @@ def main() -> None:
     # Keys and values are trained one after the other: the data is one side's.
     vectors = TOKENS * HEADS * HEAD_DIM * 4
     codebooks = 2 * DEPTHS * CODEWORDS * GROUP_DIM * 4
-    shape = f"vectors:{TOKENS * HEADS * HEAD_DIM // GROUP_DIM}/dim:{GROUP_DIM}/depths:{DEPTHS}/codewords:{CODEWORDS}"
-    row = {"name": "train_memory", "shape": shape, "level": "", "threads": 1, "unit": "x data and codebooks"}
+    label = f"vectors:{TOKENS * HEADS * HEAD_DIM // GROUP_DIM}/dim:{GROUP_DIM}/depths:{DEPTHS}/codewords:{CODEWORDS}"
+    row = {"name": "train_memory", "shape": label, "level": "", "threads": 1, "unit": "x data and codebooks"}
     row |= {"value": peak / (vectors + codebooks), "rival": None, "compiler": "gcc", "pinned": False}
     print(json.dumps(row))
 

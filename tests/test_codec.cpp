@@ -255,6 +255,33 @@ TEST_CASE("codec: passes reports, truncation and refusals through the door", "[q
     CHECK(codec->decode({nullptr, {3, 1}, nullptr}, {out.data(), {0, 1, 16}}, 3, workspace).ok());
 }
 
+TEST_CASE("first_depths: gives the codes that the whole codec begins with", "[quantize][unit]") {
+    CAPTURE(test::seed());
+    test::random_source random(5);
+    const std::vector<float> x = test::gaussian_numbers(random, 9 * 16);
+    for (const dtype type : {dtype::float32, dtype::float16, dtype::bfloat16}) {
+        codec_spec spec = small_spec();
+        spec.weight_type = type;
+        const auto whole = rvqkv::make_codec<float>(spec, small_weights()).value();
+        CHECK(rvqkv::first_depths(whole, 3).value() == whole);
+        const auto cut = rvqkv::first_depths(whole, 2).value();
+        CHECK(cut->spec()->shape == rvqkv::codebook_shape{2, 20, 4});
+        CHECK(cut->weight_type() == type);
+        const coded of_whole = there_and_back(*whole, 3, x, {9, 1, 16});
+        const coded of_cut = there_and_back(*cut, 2, x, {9, 1, 16});
+        CHECK(of_cut.scales == of_whole.scales);
+        std::vector<code_t> first;
+        for (std::size_t i = 0; i < of_whole.codes.size(); i += 3) {
+            first.insert(first.end(), {of_whole.codes[i], of_whole.codes[i + 1]});
+        }
+        CHECK(of_cut.codes == first);
+        const auto none = rvqkv::first_depths(whole, 0);
+        REQUIRE_FALSE(none.ok());
+        CHECK(none.error().message == "depths to keep is 0, must be between 1 and the codec's 3");
+        CHECK_FALSE(rvqkv::first_depths(whole, 4).ok());
+    }
+}
+
 TEST_CASE("codec: workers share the rows out and change nothing", "[quantize][threads][unit]") {
     test::random_source random(3);
     const auto codec = rvqkv::make_codec<float>(small_spec(), small_weights()).value();
@@ -281,6 +308,10 @@ TEST_CASE("make_codec: takes a quantizer of the user's own policies", "[quantize
             .value();
     const std::shared_ptr<const rvqkv::codec> codec = rvqkv::make_codec(quantizer);
     CHECK(codec->spec() == nullptr);  // no file can name these policies
+    CHECK(rvqkv::first_depths(codec, 3).value() == codec);
+    const auto cut = rvqkv::first_depths(codec, 2);
+    REQUIRE_FALSE(cut.ok());
+    CHECK(cut.error().code == rvqkv::error_code::unsupported);
     CHECK(codec->bits_per_row() == 76);
     CHECK(codec->bytes() == quantizer.codebook().bytes());
     CHECK(codec->weights().size() == spec.shape.size() * sizeof(float));

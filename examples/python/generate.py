@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import DynamicCache, QuantizedCache
+from transformers import DynamicCache
 
 import common
 from rvqkv import Calibration, CodecSet, RvqCache
@@ -65,7 +65,8 @@ def measure(
 
     shapes = layer_shapes(model)
     rows = []
-    for name, (make, implementation, dtype) in caches.items():
+    progress = common.Progress()
+    for number, (name, (make, implementation, dtype)) in enumerate(caches.items(), 1):
         if model.dtype != dtype:
             model.to(dtype)
         before = resident()
@@ -79,13 +80,15 @@ def measure(
             "method": name,
             "tokens": tokens,
             "resident_mib": (after - before) / 2**20,
-            "fp16_mib": tokens * sum(2 * 2 * s.heads * s.head_dim for s in shapes) / 2**20,
+            "fp16_mib": sum(2 * 2 * s.heads * s.head_dim * min(tokens, s.sliding_window or tokens) for s in shapes)
+            / 2**20,
             "tokens_per_second": 1 / seconds,
         }
         if isinstance(cache, RvqCache):
             row["cache_mib"] = cache.memory()["total"] / 2**20
         rows.append(row)
         del cache
+        progress(f"caches of {tokens} tokens", number, len(caches))
     return rows
 
 
@@ -124,30 +127,30 @@ def main() -> None:
     books = [CodecSet.load(path) for path in args.codecs]
     inputs = tokenizer(args.prompt, return_tensors="pt")
     model.set_attn_implementation("rvqkv")
-    for name, cache in [("exact", DynamicCache()), ("codes", RvqCache(model, books[0]))]:
+    dynamic = partial(DynamicCache, config=model.config)
+    for name, cache in [("exact", dynamic()), ("codes", RvqCache(model, books[0]))]:
         with torch.no_grad():
             out = model.generate(
                 **inputs, past_key_values=cache, max_new_tokens=args.new_tokens, do_sample=False, pad_token_id=0
             )
         print(f"[{name}] {tokenizer.decode(out[0], skip_special_tokens=True)}\n")
 
-    window = common.windows(common.read_tokens(tokenizer, args.text), 1024, 1)[0]
+    window = common.windows(common.read_tokens(tokenizer, args.text), 1024, 1, common.prefix(tokenizer))[0]
     model.set_attn_implementation("sdpa")
     found = Calibration(model).capture(window)
     rows = []
     for length in args.lengths:
         caches: dict[str, tuple[Callable[[], Any], str, torch.dtype]] = {
-            "dynamic-float32": (DynamicCache, "sdpa", torch.float32)
+            "dynamic-float32": (dynamic, "sdpa", torch.float32)
         }
         for book in books:
             key = book.layers[0][0]
             made = partial(RvqCache, model, book, prefill="codes")
             caches[f"rvqkv-{key.codewords}x{key.depths}"] = (made, "rvqkv", torch.float32)
         if args.rivals:
-            for backend, axis in (("quanto", 0), ("hqq", 1)):
-                quantized = partial(QuantizedCache, backend, model.config, nbits=4, axis_key=axis, axis_value=axis)
-                caches[f"transformers-{backend}-4bit"] = (quantized, "sdpa", torch.float32)
-        caches["dynamic-bfloat16"] = (DynamicCache, "sdpa", torch.bfloat16)
+            for name, (_, quantized) in common.quantized_caches(model, (4,)).items():
+                caches[name] = (quantized, "sdpa", torch.float32)
+        caches["dynamic-bfloat16"] = (dynamic, "sdpa", torch.bfloat16)
         rows += measure(model, caches, found, length, args.steps)
         model.to(torch.float32)
     if rows:

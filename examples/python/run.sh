@@ -73,6 +73,7 @@ case $windows in
         ;;
 esac
 mkdir -p "$out" "$(dirname "$json")"
+rm -f "$out"/calibration-*.json
 text=$(realpath "$text") calibration=$(realpath "$calibration") json=$(realpath -m "$json")
 
 # step NAME COMMAND...: runs it, says how long it took on stderr; its output goes to a log, shown if it fails.
@@ -144,7 +145,7 @@ python() {
     (cd "$here" && "$venv/bin/python" "$@")
 }
 
-export HF_HUB_OFFLINE=1
+export HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 step "install packages" install_missing
 step "install Python packages" make_venv
 step "build the wheel" build_wheel
@@ -156,28 +157,30 @@ if $quick; then
     tokens=4096 lengths=(2048) windows=1
 fi
 books=("$out/256x10.codecs") depths=(--depths 10 7 3)
-step "calibrate 256x10" python calibrate.py "$out/256x10.codecs" "${model[@]}" --text "$calibration" \
-    --tokens "$tokens" --codewords 256 --depths 10
+python calibrate.py "$out/256x10.codecs" "${model[@]}" --text "$calibration" \
+    --tokens "$tokens" --codewords 256 --depths 10 --json "$out/calibration-256x10.json"
 if ! $quick; then
-    step "calibrate 2048x8" python calibrate.py "$out/2048x8.codecs" "${model[@]}" --text "$calibration" \
-        --tokens "$tokens" --codewords 2048 --depths 8
+    python calibrate.py "$out/2048x8.codecs" "${model[@]}" --text "$calibration" \
+        --tokens "$tokens" --codewords 2048 --depths 8 --json "$out/calibration-2048x8.json"
     books+=("$out/2048x8.codecs") depths+=(--depths 8 6 4)
 fi
+echo
 python evaluate.py "${books[@]}" "${depths[@]}" "${model[@]}" --text "$text" --windows "$windows" --rivals \
     --json "$out/evaluation.json"
 echo
 python generate.py "${books[@]}" "${model[@]}" --text "$text" --lengths "${lengths[@]}" --rivals \
     --json "$out/generation.json"
 step "finetune" python finetune.py "$out/256x10.codecs" "$out/finetuned" "${model[@]}" --text "$calibration" \
-    --held-out "$text" --steps 4 --window 128
-tail -n 1 "$out/finetune.log"
+    --held-out "$text" --steps 4 --window 128 --no-save --json "$out/finetuning.json"
 python - "$out" "$json" <<'END'
 import json
 import pathlib
 import sys
 
 out = pathlib.Path(sys.argv[1])
-rows = {name: json.loads((out / f"{name}.json").read_text()) for name in ("evaluation", "generation")}
+names = ("evaluation", "generation", "finetuning")
+rows = {name: json.loads((out / f"{name}.json").read_text()) for name in names}
+rows["calibration"] = [json.loads(path.read_text()) for path in sorted(out.glob("calibration-*.json"))]
 pathlib.Path(sys.argv[2]).write_text(json.dumps(rows, indent=1) + "\n")
 END
 echo "rows: $json" >&2

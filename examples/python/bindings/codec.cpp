@@ -303,6 +303,13 @@ void bind_codec(nb::module_& module) {
     // By a handle: what is packed keeps its codec alive.
     module.def("make_codec", &make, nb::arg("spec"), nb::arg("weights"),
                "The codec of a spec and weights [depths, codewords, group_dim].");
+    module.def(
+        "first_depths",
+        [](const codec_handle& whole, std::size_t depths) {
+            return without_lock([&] { return rvqkv::first_depths(whole, depths).value(); });
+        },
+        nb::arg("codec"), nb::arg("depths"),
+        "The same codec with its first depths only: codes of the first depths do not depend on the others.");
     module.def("compress", &compress, nb::arg("codec"), nb::arg("x"), "x [token, head, channel] as packed codes.");
 
     nb::class_<rvqkv::compressed_tensor>(module, "CompressedTensor", "Packed codes and scales of a tensor.")

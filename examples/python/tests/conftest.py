@@ -2,6 +2,9 @@
 """Small models and codecs made up for tests: nothing is downloaded."""
 
 import os
+import signal
+import sys
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -10,11 +13,14 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # where the programs are
+
 import rvqkv
 from rvqkv.calibrate import Calibration
 
 torch.set_num_threads(1)
 rvqkv.set_threads(2)
+signal.signal(signal.SIGINT, signal.default_int_handler)  # shells have jobs in the background ignore it
 
 
 def tiny_config(**changes):

@@ -205,6 +205,38 @@ template <class Quantizer>
     return std::make_shared<const codec_of<Quantizer>>(std::move(quantizer));
 }
 
+/// The same codec with its first depths only: greedy codes of a residual quantizer do not depend on later depths. Gives
+/// `whole` itself for all of them.
+/// Errors: `invalid_argument` for 0 depths or more than there are; `unsupported` for a codec without `spec()`;
+///         `out_of_memory`.
+[[nodiscard]] inline result<std::shared_ptr<const codec>> first_depths(const std::shared_ptr<const codec>& whole,
+                                                                       std::size_t depths) {
+    if (depths == 0 || depths > whole->depths()) {
+        return error{error_code::invalid_argument, "depths to keep is " + std::to_string(depths) +
+                                                       ", must be between 1 and the codec's " +
+                                                       std::to_string(whole->depths())};
+    }
+    if (depths == whole->depths()) {
+        return whole;
+    }
+    if (whole->spec() == nullptr) {
+        return error{error_code::unsupported, "a codec of policies of its own cannot be cut: it has no spec"};
+    }
+    codec_spec spec = *whole->spec();
+    spec.shape.depths = depths;
+    const auto cut = [&](auto weight) {
+        using weight_type = decltype(weight);
+        const auto* const weights = reinterpret_cast<const weight_type*>(whole->weights().data());
+        return make_codec(spec, std::span<const weight_type>(weights, spec.shape.size()));
+    };
+    switch (spec.weight_type) {
+        case dtype::float16: return cut(float16());
+        case dtype::bfloat16: return cut(bfloat16());
+        case dtype::float32: break;
+    }
+    return cut(float());
+}
+
 /// The codecs of one layer; null where a layer has none.
 struct layer_codecs {
     std::shared_ptr<const codec> key;

@@ -7,6 +7,7 @@ cache still holds codes, but every call of ``update`` reconstructs all tokens fo
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class _Store:
         self.columns = [0] * len(shapes)  # tokens and padding
         self.waiting = [False] * len(shapes)
         self.nonfinite = 0
+        self.seconds = 0.0
         self._plan: tuple[Any, list[int]] | None = None
         self._before: tuple[list[KvSequence], list[int]] | None = None  # while a pass of several tokens runs
 
@@ -185,9 +187,10 @@ class Handle:
     ) -> torch.Tensor:
         """Store new keys and values ``[batch, head, token, channel]`` and attend on all.
 
-        Gives ``[batch, token, head, channel]``.         When this fails, the forward pass is undone.
+        Gives ``[batch, token, head, channel]``. When this fails, the forward pass is undone.
         """
         store, layer = self.store, self.layer
+        began = time.perf_counter()
         try:
             tokens = key.shape[2]
             starts = store.padding_of(layer, padding, tokens, position_ids)
@@ -202,6 +205,7 @@ class Handle:
             store.restore()
             raise
         store.end(layer)
+        store.seconds += time.perf_counter() - began
         return out
 
     def _attend_on_codes(
@@ -257,6 +261,7 @@ class RvqLayer(CacheLayerMixin):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new tokens; see ``RvqCache.update``."""
         store, layer = self._store, self._layer
+        began = time.perf_counter()
         store.take(layer, key_states, value_states)
         tokens = key_states.shape[2]
         store.begin(layer, tokens)
@@ -264,6 +269,7 @@ class RvqLayer(CacheLayerMixin):
         if store.reads_codes:
             store.waiting[layer] = True
             key_states.rvqkv = Handle(store, layer)
+            store.seconds += time.perf_counter() - began
             return key_states, value_states
         try:
             found = self._reconstruct(key_states, value_states)
@@ -271,6 +277,7 @@ class RvqLayer(CacheLayerMixin):
             store.restore()
             raise
         store.end(layer)
+        store.seconds += time.perf_counter() - began
         return found
 
     def _reconstruct(self, keys: torch.Tensor, values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -459,6 +466,11 @@ class RvqCache(Cache):
     def batch_size(self) -> int:
         """Sequences held; -1 before the first."""
         return len(self._store.sequences) or -1
+
+    @property
+    def seconds(self) -> float:
+        """Spent in this cache so far: storing tokens and attending on them; the rest of a pass is the model's."""
+        return self._store.seconds
 
     @property
     def nonfinite_values(self) -> int:

@@ -82,6 +82,7 @@ class Calibration:
         self.shapes: list[LayerShape] = layer_shapes(model, with_rope=key_coding == "before_rope")
         self.seconds = {"model": 0.0, "training": 0.0}
         self.tokens = 0
+        self.notes: dict[str, str] = {}  # saved with the state: what else must be the same when training goes on
         of_keys, of_values = (depths, depths) if isinstance(depths, int) else depths
         specs = {}
         for layer, shape in enumerate(self.shapes):
@@ -166,7 +167,8 @@ class Calibration:
     def save(self, path: str | Path) -> None:
         """Save the whole state of training, to go on later."""
         state = {"settings": self.settings, "tokens": self.tokens}
-        self.trainer.save(path, {"calibration": json.dumps(state), "model.fingerprint": fingerprint(self.model)})
+        about = {"calibration": json.dumps(state), "model.fingerprint": fingerprint(self.model)}
+        self.trainer.save(path, {**about, **self.notes})
 
     @classmethod
     def resume(cls, model: torch.nn.Module, path: str | Path) -> Calibration:
@@ -180,26 +182,33 @@ class Calibration:
         made = cls(model, depths=(of_keys, of_values), **settings)
         made.trainer = trainer
         made.tokens = state["tokens"]
+        own = ("calibration", "model.fingerprint")
+        made.notes = {name: text for name, text in trainer.metadata.items() if name not in own}
         return made
 
     def capture(self, window: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values of all layers for one window of tokens, ``[token, head, channel]``, as codecs see them."""
         found: list[tuple[torch.Tensor, torch.Tensor]] = []
+        ours = 0.0
 
         def see(layer: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+            nonlocal ours
+            began = time.perf_counter()
             for name, each in (("keys", keys), ("values", values)):
                 if not torch.isfinite(each).all():
                     raise ValueError(f"layer {layer}: {name} of the model hold numbers that are not finite")
             if self.key_coding == "before_rope":
                 keys = turn(keys, self.shapes[layer], back=True)
             found.append((keys[0].transpose(0, 1).float().cpu(), values[0].transpose(0, 1).float().cpu()))
+            ours += time.perf_counter() - began
 
         start = time.perf_counter()
         base = self.model.get_decoder() if hasattr(self.model, "get_decoder") else self.model
         device = next(self.model.parameters()).device
         with torch.no_grad():
             base(window[None].to(device), past_key_values=CaptureCache(see), use_cache=True)
-        self.seconds["model"] += time.perf_counter() - start
+        self.seconds["model"] += time.perf_counter() - start - ours
+        self.seconds["training"] += ours
         if len(found) != len(self.shapes):
             raise NotImplementedError(f"the model showed keys of {len(found)} layers, it has {len(self.shapes)}")
         return found

@@ -40,6 +40,14 @@ class CodecSet:
             return cls.load(codecs)
         return cls(dict(codecs))
 
+    def first_depths(self, depths: int) -> CodecSet:
+        """Return the same codecs with their first depths only; those that have fewer stay as they are."""
+        layers = {}
+        for layer, (key, value) in self.layers.items():
+            cut = [_rvqkv.first_depths(codec, min(depths, codec.depths)) for codec in (key, value)]
+            layers[layer] = (cut[0], cut[1])
+        return CodecSet(layers, self.metadata)
+
     def in_half_split_order(self) -> CodecSet:
         """Return the same codecs for keys whose rotary pairs are (i, i + head_dim / 2).
 
