@@ -17,6 +17,8 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 import torch
 import transformers
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, QuantizedCache
 
 HERE = Path(__file__).resolve().parent
@@ -41,6 +43,8 @@ def load_model(path: str | None = None, dtype: torch.dtype = torch.float32) -> t
         raise SystemExit(f"{path}: no such model")
     folder, more = (where.parent, {"gguf_file": where.name}) if where.is_file() else (where, {})
     tokenizer = AutoTokenizer.from_pretrained(folder, **more)
+    if where.is_file():
+        mend_tokenizer(tokenizer, where)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **more)
     if where.is_file():  # its weights have been expanded, and can be saved as any others
         model.hf_quantizer = None
@@ -48,6 +52,18 @@ def load_model(path: str | None = None, dtype: torch.dtype = torch.float32) -> t
             del model.config.quantization_config
     model.config._name_or_path = where.stem
     return model.eval(), tokenizer
+
+
+def mend_tokenizer(tokenizer: Any, path: Path) -> None:
+    """Cut numbers into digits where a GGUF file says so: Transformers leaves out what comes before the merges."""
+    how = GGUFReader(path).get_field("tokenizer.ggml.pre")
+    if how is not None and how.contents() == "smollm":
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
 
 
 def read_tokens(tokenizer: Any, path: str | Path) -> torch.Tensor:
@@ -85,7 +101,7 @@ def windows(
     if length <= len(begin) + 1:
         raise SystemExit(f"--window is {length}, must be at least {len(begin) + 2}")
     own = length - len(begin)
-    cut = [torch.cat([begin, tokens[i : i + own]]) for i in range(0, len(tokens) - length + 1, length)][:count]
+    cut = [torch.cat([begin, tokens[i : i + own]]) for i in range(0, len(tokens) - own + 1, own)][:count]
     if not cut:
         raise SystemExit(
             f"the {what} has {len(tokens)} tokens, fewer than one window of {length}: give a longer text, or a smaller "
