@@ -41,7 +41,8 @@ def fill(cache: Any, found: Tensors, shapes: list[LayerShape], tokens: int, dtyp
         count = min(length, tokens - first)
         for layer, (keys, values) in enumerate(found):
             turned = turn(keys[:count].transpose(0, 1), shapes[layer], first)[None]
-            cache.update(turned.to(dtype), values[:count].transpose(0, 1)[None].to(dtype), layer)
+            store = cache.append if isinstance(cache, RvqCache) else cache.update
+            store(turned.to(dtype), values[:count].transpose(0, 1)[None].to(dtype), layer)
 
 
 def step_seconds(model: Any, cache: Any, tokens: int, steps: int, token: int) -> tuple[float, float]:
@@ -71,7 +72,6 @@ def measure(
             model.to(dtype)
         before = resident()
         cache = make()
-        model.set_attn_implementation("sdpa")  # the tensors come from here, not from a forward pass
         fill(cache, found, shapes, tokens, dtype)
         model.set_attn_implementation(implementation)
         after = resident()
