@@ -100,8 +100,8 @@ def main() -> None:
         "codecs": args.output.name,
         "bits": round(codecs.bits_per_value, 3),
         "tokens": made.tokens,
-        "seconds_model": round(made.seconds["model"], 2),
-        "seconds_method": round(made.seconds["training"], 2),
+        "seconds_model": round(made.seconds["model"], 4),
+        "seconds_method": round(made.seconds["training"], 4),
     }
     share = row["seconds_method"] / max(row["seconds_model"], 1e-3)
     print(

@@ -88,9 +88,9 @@ class Scores:
             "ppl": perplexity,
             "ppl_ratio": perplexity / float(torch.tensor(base_loss).exp()),
             "top1_agreement": float(torch.cat(self.same).mean()),
-            "seconds": round(self.seconds, 2),
-            "seconds_model": round(self.seconds - self.method_seconds, 2),
-            "seconds_method": round(self.method_seconds, 2),
+            "seconds": round(self.seconds, 4),
+            "seconds_model": round(self.seconds - self.method_seconds, 4),
+            "seconds_method": round(self.method_seconds, 4),
         }
 
 
@@ -119,7 +119,10 @@ def methods(model: Any, books: list[CodecSet], depths: list[list[int]], *, rival
         words = next(iter(book.layers.values()))[0].codewords
         made = partial(RvqCache, model, cut, prefill="codes", **options)
         stored = Stored(cut.bits_per_value, options["sink_tokens"] + options["recent_tokens"])
-        found[f"{prefix}-{words}x{depth}{suffix}"] = (stored, made, chunk, "rvqkv")
+        name = f"{prefix}-{words}x{depth}{suffix}"
+        if name in found:
+            raise ValueError(f"two codec files make a method {name}: give them one by one")
+        found[name] = (stored, made, chunk, "rvqkv")
 
     for book, wanted in zip(books, depths, strict=True):
         for depth in wanted:

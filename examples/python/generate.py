@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, QuantizedCache
 
 import common
 from rvqkv import Calibration, CodecSet, RvqCache
@@ -37,11 +37,14 @@ def resident() -> int:
 def fill(cache: Any, found: Tensors, shapes: list[LayerShape], tokens: int, dtype: torch.dtype) -> None:
     """Bring a cache to ``tokens`` tokens: a window's keys and values over and over, turned to where they stand."""
     length = found[0][0].shape[0]
+    if isinstance(cache, QuantizedCache):  # which quantizes all that it holds with every chunk
+        length, found = tokens, [tuple(each.repeat(-(-tokens // length), 1, 1) for each in pair) for pair in found]
     for first in range(0, tokens, length):
         count = min(length, tokens - first)
         for layer, (keys, values) in enumerate(found):
             turned = turn(keys[:count].transpose(0, 1), shapes[layer], first)[None]
-            cache.update(turned.to(dtype), values[:count].transpose(0, 1)[None].to(dtype), layer)
+            store = cache.append if isinstance(cache, RvqCache) else cache.update
+            store(turned.to(dtype), values[:count].transpose(0, 1)[None].to(dtype), layer)
 
 
 def step_seconds(model: Any, cache: Any, tokens: int, steps: int, token: int) -> tuple[float, float]:
@@ -71,7 +74,6 @@ def measure(
             model.to(dtype)
         before = resident()
         cache = make()
-        model.set_attn_implementation("sdpa")  # the tensors come from here, not from a forward pass
         fill(cache, found, shapes, tokens, dtype)
         model.set_attn_implementation(implementation)
         after = resident()

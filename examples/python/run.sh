@@ -145,7 +145,8 @@ python() {
     (cd "$here" && "$venv/bin/python" "$@")
 }
 
-export HF_HUB_OFFLINE=1 TQDM_DISABLE=1
+# Threads of PyTorch that wait sleep: spinning, they would hold up the others on a machine with more to do.
+export HF_HUB_OFFLINE=1 TQDM_DISABLE=1 OMP_WAIT_POLICY=passive
 step "install packages" install_missing
 step "install Python packages" make_venv
 step "build the wheel" build_wheel

@@ -194,6 +194,20 @@ def test_cropped_tokens_leave_no_trace(coded, codecs, tokens):
     assert cache.get_seq_length() == 310
 
 
+def test_tokens_from_elsewhere(coded, codecs, tokens):
+    found = rvqkv.Calibration(coded, codewords=64, depths=6, group_dim=8, key_coding="after_rope").capture(tokens[:150])
+    cache, other = RvqCache(coded, codecs, prefill="codes"), RvqCache(coded, codecs)
+    for layer, pair in enumerate(found):
+        cache.append(*(each.transpose(0, 1)[None] for each in pair), layer)
+    assert cache.get_seq_length() == 150
+    forward(coded, tokens[None, :150], other)
+    torch.testing.assert_close(
+        forward(coded, tokens[None, 150:151], cache), forward(coded, tokens[None, 150:151], other), rtol=1e-3, atol=1e-3
+    )
+    with pytest.raises(ValueError, match="layer is 3"):
+        cache.append(*(each.transpose(0, 1)[None] for each in found[0]), 3)
+
+
 def test_forks_and_deep_copies_go_their_own_way(coded, codecs, tokens):
     cache = RvqCache(coded, codecs)
     forward(coded, tokens[None, :200], cache)

@@ -128,6 +128,8 @@ def test_rows_tell_the_model_s_seconds_from_ours(run, tmp_path, capsys, model):
     for name in names[1:]:
         assert rows[name]["kl"] > 0 and 0 < rows[name]["seconds_method"] < rows[name]["seconds"]
     assert rows["paper-16x1"]["kl"] > rows["paper-16x2"]["kl"] > rows["rvqkv-16x2-recent64"]["kl"]
+    with pytest.raises(ValueError, match="two codec files"):
+        run(evaluate, "codecs", "codecs", "--text", "text", "--window", 256)
     with pytest.raises(ValueError, match="another model"):
         run(evaluate, "codecs", "--text", "text", "--window", 256, use=tiny_model(seed=9))
     with pytest.raises(ValueError, match="another model"):

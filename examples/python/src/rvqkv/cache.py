@@ -398,6 +398,25 @@ class RvqCache(Cache):
         taken: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(key_states, value_states)
         return taken
 
+    def append(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int) -> None:
+        """Store a layer's new keys and values ``[batch, head, token, channel]``, and let nothing attend on them now.
+
+        For tokens that come from elsewhere than a forward pass; all of them count, there is no padding.
+        """
+        store = self._store
+        if not 0 <= layer_idx < len(self.layers):
+            raise ValueError(f"layer is {layer_idx}, the cache has {len(self.layers)}")
+        store.take(layer_idx, key_states, value_states)
+        store.begin(layer_idx, key_states.shape[2])
+        store.columns[layer_idx] += key_states.shape[2]
+        try:
+            for row in range(len(store.sequences)):
+                store.append(layer_idx, row, key_states[row], value_states[row])
+        except BaseException:
+            store.restore()
+            raise
+        store.end(layer_idx)
+
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make sequence ``i`` what sequence ``beam_idx[i]`` was; copies share their pages."""
         self._select(beam_idx.tolist())
