@@ -184,11 +184,11 @@ public:
                 outcome result;
                 double compress_seconds = 0.0;
                 double reconstruct_seconds = 0.0;
-                const float_tensor key = round_trip(first_depths(codecs.key, each), exact.key, result, compress_seconds,
-                                                    reconstruct_seconds);
+                const float_tensor key = round_trip(first_depths(codecs.key, each).value(), exact.key, result,
+                                                    compress_seconds, reconstruct_seconds);
                 const float_tensor value =
-                    round_trip(first_depths(codecs.value, std::min(each, codecs.value->depths())), exact.value, result,
-                               compress_seconds, reconstruct_seconds);
+                    round_trip(first_depths(codecs.value, std::min(each, codecs.value->depths())).value(), exact.value,
+                               result, compress_seconds, reconstruct_seconds);
                 result.compress_seconds = compress_seconds;
                 result.reconstruct_seconds = reconstruct_seconds;
                 compare(exact, key, value, result);

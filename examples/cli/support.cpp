@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "support.hpp"
 
-#include <rvqkv/core/half.hpp>
 #include <rvqkv/files/atomic_file.hpp>
 
 #include <algorithm>
@@ -10,7 +9,6 @@
 #include <cmath>
 #include <csignal>
 #include <cstdio>
-#include <span>
 
 #include <unistd.h>
 
@@ -58,10 +56,6 @@ token_span parse_tokens(const std::string& text, std::size_t tokens, token_span 
         throw std::runtime_error("--tokens is '" + text + "', but the tensors have tokens 0:" + std::to_string(tokens));
     }
     return span;
-}
-
-std::shared_ptr<const rvqkv::codec> first_depths(const std::shared_ptr<const rvqkv::codec>& whole, std::size_t depths) {
-    return rvqkv::first_depths(whole, depths).value();
 }
 
 void check_output(const std::string& output, const std::vector<std::string>& inputs) {

@@ -5,11 +5,9 @@
 
 #include <rvqkv/files/owned_tensor.hpp>
 #include <rvqkv/learn.hpp>
-#include <rvqkv/quantize/codec.hpp>
 
 #include <cstddef>
 #include <filesystem>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -72,10 +70,6 @@ void for_each_piece(token_span tokens, std::size_t values_per_token, const Body&
         body(first, tokens.last - first < most ? tokens.last - first : most);
     }
 }
-
-/// The same codec with its first depths only: codes of a residual quantizer do not depend on later depths.
-[[nodiscard]] std::shared_ptr<const rvqkv::codec> first_depths(const std::shared_ptr<const rvqkv::codec>& whole,
-                                                               std::size_t depths);
 
 /// Fails now, not after an hour of training, when a file cannot be written or would replace one that is read.
 void check_output(const std::string& output, const std::vector<std::string>& inputs);

@@ -1,8 +1,6 @@
 // SPDX-License-Identifier: MIT
 #include "codecs.hpp"
 
-#include "../cli/support.hpp"
-
 #include <stdexcept>
 #include <utility>
 
@@ -70,7 +68,7 @@ rvqkv::codec_set load_codecs_for(const std::string& path, const std::string& fin
 rvqkv::model_codecs first_depths(const rvqkv::model_codecs& whole, std::size_t depths) {
     rvqkv::model_codecs cut;
     for (const auto& [layer, both] : whole) {
-        cut[layer] = {cli::first_depths(both.key, depths), cli::first_depths(both.value, depths)};
+        cut[layer] = {rvqkv::first_depths(both.key, depths).value(), rvqkv::first_depths(both.value, depths).value()};
     }
     return cut;
 }
